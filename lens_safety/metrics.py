@@ -1,0 +1,150 @@
+"""Pure functions on scores and labels. Label True = dangerous; a higher score = more dangerous."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from .types import Labels, OptionError, Scores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that does not travel alone: value, 95% interval, and the rows n it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        if self.n == 0 or np.isnan(self.value):
+            return "not defined"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+UNDEFINED = Estimate(float("nan"), float("nan"), float("nan"), 0)
+"""What a statistic is where it cannot be: AUROC of one class, TPR without dangerous rows."""
+
+
+def auroc(scores: Scores, labels: Labels) -> float:
+    """P(score of a dangerous row > score of a safe row), ties counted half. NaN with one class only."""
+    from sklearn.metrics import roc_auc_score
+
+    check_scores(scores)
+    if labels.all() or not labels.any():
+        return float("nan")
+    return float(roc_auc_score(labels, scores))
+
+
+def accuracy(scores: Scores, labels: Labels, threshold: float) -> float:
+    """Share of rows where (score > threshold) equals the label."""
+    return float(((scores > threshold) == labels).mean())
+
+
+def cohens_d(scores: Scores, labels: Labels) -> float:
+    """(mean dangerous - mean safe) / pooled standard deviation, ddof 1 (Cohen 1988).
+
+    0 where both classes are constant and equal, NaN with fewer than two rows in a class.
+    """
+    dangerous, safe = scores[labels], scores[~labels]
+    if min(len(dangerous), len(safe)) < 2:
+        return float("nan")
+    pooled = np.sqrt(
+        ((len(dangerous) - 1) * dangerous.var(ddof=1) + (len(safe) - 1) * safe.var(ddof=1))
+        / (len(scores) - 2)
+    )
+    difference = dangerous.mean() - safe.mean()
+    if pooled == 0:
+        return 0.0 if difference == 0 else float(np.copysign(np.inf, difference))
+    return float(difference / pooled)
+
+
+def best_threshold(scores: Scores, labels: Labels) -> float:
+    """The threshold t with the highest accuracy of (score > t).
+
+    Candidates are the midpoints between neighbouring distinct scores, and one step outside either
+    end. Of equally good ones the middle one is taken, so that the choice does not lean to a class.
+    """
+    check_scores(scores)
+    values = np.unique(scores)
+    middles = (values[:-1] + values[1:]) / 2
+    step = float(values[-1] - values[0]) or 1.0
+    candidates = np.concatenate([[values[0] - step], middles, [values[-1] + step]])
+    order = np.sort(scores[labels]), np.sort(scores[~labels])
+    hits = len(order[0]) - np.searchsorted(order[0], candidates, side="right")
+    rejections = np.searchsorted(order[1], candidates, side="right")
+    correct = hits + rejections
+    best = np.flatnonzero(correct == correct.max())
+    return float(candidates[best[(len(best) - 1) // 2]])
+
+
+def proportion(successes: int, n: int) -> Estimate:
+    """successes / n with the Wilson 95% interval; undefined for n = 0."""
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return UNDEFINED
+    interval = binomtest(int(successes), int(n)).proportion_ci(method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high), int(n))
+
+
+def bootstrap(
+    statistic: Callable[[Scores, Labels], float],
+    scores: Scores,
+    labels: Labels,
+    groups: Int[np.ndarray, " prompt"],
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """`statistic` with its 95% percentile interval, whole groups resampled with replacement.
+
+    Resamples in which the statistic is undefined (one class only) are left out; the estimate is
+    `UNDEFINED` where the statistic itself is.
+    """
+    value = statistic(scores, labels)
+    if np.isnan(value):
+        return UNDEFINED
+    draws = [
+        statistic(scores[rows], labels[rows])
+        for rows in group_resamples(groups, n_resamples=n_resamples, seed=seed)
+    ]
+    low, high = np.nanpercentile(np.asarray(draws), [2.5, 97.5])
+    return Estimate(value, float(low), float(high), len(scores))
+
+
+def group_resamples(
+    groups: Int[np.ndarray, " prompt"], *, n_resamples: int, seed: int
+) -> list[Int[np.ndarray, " row"]]:
+    """Row numbers of `n_resamples` bootstrap samples that draw whole groups with replacement."""
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    rng = np.random.default_rng(seed)
+    return [
+        np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        for _ in range(n_resamples)
+    ]
+
+
+def auroc_by_layer(
+    scores: Float[np.ndarray, "layer prompt"], labels: Labels
+) -> Float[np.ndarray, " layer"]:
+    """AUROC of each row of scores, by average ranks (Mann-Whitney), all layers at once."""
+    from scipy.stats import rankdata
+
+    n_dangerous = int(labels.sum())
+    n_safe = len(labels) - n_dangerous
+    if n_dangerous == 0 or n_safe == 0:
+        return np.full(len(scores), np.nan)
+    ranks = rankdata(scores, axis=1)[:, labels].sum(axis=1)
+    return (ranks - n_dangerous * (n_dangerous + 1) / 2) / (n_dangerous * n_safe)
+
+
+def check_scores(scores: Scores) -> None:
+    """Raise `OptionError` for NaN or infinite scores, or none at all."""
+    if len(scores) == 0 or not np.isfinite(scores).all():
+        raise OptionError(
+            f"{len(scores)} scores of which {int((~np.isfinite(scores)).sum())} are NaN or infinite: "
+            "expected at least one score, all finite"
+        )

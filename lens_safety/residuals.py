@@ -1,0 +1,270 @@
+"""Residual streams: every layer of every prompt from one forward pass a batch."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import tokens as tok
+from .files import building_from, load_tensors, save_tensors
+from .models import ModelFingerprint, check_layers, device_of, fingerprint, resid_hook, run_blocks
+from .progress import track
+from .prompts import Prompt, PromptSet, as_prompts
+from .types import EMBED, FileError, Hook, MismatchError, ResidualModel
+
+BATCH_TOKENS = 2048
+"""Padded tokens a batch; small batches of one length keep a CPU's caches and a GPU's memory happy."""
+
+_KIND = "ResidualCache"
+
+
+@dataclass(frozen=True)
+class ResidualCache:
+    """One vector per layer and prompt, read from the residual stream at `position`.
+
+    `resid[i]` is layer `layers[i]`, hook `blocks.{layers[i]}.hook_resid_post`; the embedding (the
+    input of block 0) stands apart as `embed`. float32, in the order of `prompts`.
+    """
+
+    resid: Float[Tensor, "layer prompt d_model"]
+    embed: Float[Tensor, "prompt d_model"]
+    layers: tuple[int, ...]
+    prompts: PromptSet
+    position: str
+    template: str
+    model: ModelFingerprint
+    hook: str = field(default="resid_post")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def layer(self, layer: int) -> Float[Tensor, "prompt d_model"]:
+        """The rows of one layer by its number (-1 = the embedding), whatever its place in `resid`."""
+        if layer == EMBED:
+            return self.embed
+        if layer not in self.layers:
+            raise MismatchError(
+                f"layer {layer} given, expected one of the cached layers {_ranges(self.layers)}; "
+                "extract it, or leave layers=None for all"
+            )
+        return self.resid[self.layers.index(layer)]
+
+    def __getitem__(self, rows: "slice | Sequence[int] | np.ndarray") -> "ResidualCache":
+        """The cache of some of the prompts."""
+        chosen = torch.from_numpy(np.arange(len(self))[rows])
+        return replace(
+            self,
+            resid=self.resid[:, chosen],
+            embed=self.embed[chosen],
+            prompts=self.prompts[chosen.numpy()],
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write safetensors with a JSON header; whole or not at all."""
+        return save_tensors(path, _KIND, {"resid": self.resid, "embed": self.embed}, _header(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ResidualCache":
+        """Read what `save` wrote. Raises `FileError` for a damaged file, another kind or version."""
+        tensors, header = load_tensors(path, _KIND)
+        with building_from(path):
+            prompts = PromptSet(tuple(Prompt(**row) for row in header["prompts"]), header["name"])
+            layers = tuple(header["layers"])
+            d_model = header["model"]["d_model"]
+            if tuple(tensors["resid"].shape) != (len(layers), len(prompts), d_model):
+                raise FileError(
+                    f"{path} holds a tensor of shape {tuple(tensors['resid'].shape)}, its header says "
+                    f"{(len(layers), len(prompts), d_model)}; make it again"
+                )
+            return cls(
+                resid=tensors["resid"],
+                embed=tensors["embed"],
+                layers=layers,
+                prompts=prompts,
+                position=header["position"],
+                template=header["template"],
+                model=ModelFingerprint.from_dict(header["model"]),
+                hook=header["hook"],
+            )
+
+
+def residual_streams(
+    model: ResidualModel,
+    prompts: PromptSet | Sequence[str],
+    *,
+    position: tok.Position = "content_mean",
+    template: tok.Template = "auto",
+    layers: Sequence[int] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    store: str | Path | None = None,
+    truncate: bool = False,
+    progress: bool = True,
+) -> ResidualCache:
+    """The residual stream of every layer at one position of every prompt, one forward pass a batch.
+
+    resid[layer, prompt] = sum_pos w[prompt, pos] * hook_resid_post[layer][prompt, pos], with w from
+    `position` (see `tokens.weights_of`; "max" is the elementwise maximum over content tokens). The
+    reduction happens inside the hook, in float32; no block above the highest layer runs, nor the
+    unembedding. Values do not depend on batch size, order or padding (within float rounding).
+
+    Args:
+        position: "content_mean", "content_last", "last", "max", an integer, or a callable on
+            (token ids, content mask).
+        layers: which layers, all by default; rows come in the order given.
+        batch_tokens: padded tokens a batch. A batch that runs out of memory is halved and run again.
+        store: a folder in which finished batches are kept; a run that was interrupted, or one with
+            more prompts, computes only what is missing there.
+
+    Raises:
+        PromptError: an empty prompt, or one too long for the context (unless `truncate`).
+        OptionError: an unknown position or template, or a layer out of range.
+    """
+    prompts = as_prompts(prompts)
+    chosen = check_layers(model, range(model.cfg.n_layers) if layers is None else layers)
+    made = ResidualCache(
+        resid=torch.zeros(len(chosen), len(prompts), model.cfg.d_model),
+        embed=torch.zeros(len(prompts), model.cfg.d_model),
+        layers=tuple(chosen),
+        prompts=prompts,
+        position=tok.position_name(position),
+        template=tok.template_name(model, template),
+        model=fingerprint(model),
+    )
+    encoded = tok.encode(model, prompts.texts, template=template, truncate=truncate)
+    shards = _Shards(store, made)
+    missing = shards.fill(made)
+    todo = list(tok.batches(model, [encoded[row] for row in missing], batch_tokens=batch_tokens))
+    for batch in track(todo, f"residual streams of {prompts.name}", progress, size=len):
+        batch = replace(batch, rows=tuple(missing[row] for row in batch.rows))
+        _run_into(made, model, batch, [encoded[row] for row in batch.rows], position)
+        shards.keep(made, batch.rows)
+    return made
+
+
+def _run_into(
+    made: ResidualCache,
+    model: ResidualModel,
+    batch: tok.Batch,
+    encoded: list[tok.Encoded],
+    position: tok.Position,
+) -> None:
+    """One forward pass; halve the batch and try again where memory runs out."""
+    try:
+        _one_pass(made, model, batch, encoded, position)
+        return
+    except (torch.OutOfMemoryError, MemoryError):
+        if len(batch) == 1:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    first, second = batch.halves()
+    _run_into(made, model, first, encoded[: len(first)], position)
+    _run_into(made, model, second, encoded[len(first) :], position)
+
+
+def _one_pass(
+    made: ResidualCache,
+    model: ResidualModel,
+    batch: tok.Batch,
+    encoded: list[tok.Encoded],
+    position: tok.Position,
+) -> None:
+    reduce = _reducer(batch, encoded, position, device_of(model))
+    rows = torch.tensor(batch.rows)
+    fired: list[int] = []
+
+    def into(layer: int, target: Tensor) -> tuple[str, Hook]:
+        def hook_fn(resid: Tensor, hook: Any) -> None:
+            target[rows] = reduce(resid).cpu()
+            fired.append(layer)
+
+        return resid_hook(layer), hook_fn
+
+    hooks = [into(EMBED, made.embed)]
+    hooks += [into(layer, made.resid[i]) for i, layer in enumerate(made.layers)]
+    run_blocks(model, batch.tokens, hooks, last_layer=max(made.layers))
+    if sorted(fired) != sorted([EMBED, *made.layers]):
+        raise MismatchError(
+            f"hooks fired {len(fired)} times for {len(made.layers) + 1} residual streams: another hook "
+            "on this model interferes; reset its hooks"
+        )
+
+
+def _reducer(
+    batch: tok.Batch, encoded: list[tok.Encoded], position: tok.Position, device: torch.device
+) -> Any:
+    """A function from `[batch pos d_model]` to `[batch d_model]`, in float32."""
+    if position == "max":
+        outside = ~batch.content[:, :, None]
+        return lambda resid: resid.float().masked_fill(outside, -torch.inf).amax(dim=1)
+    weights = np.zeros(tuple(batch.tokens.shape), dtype=np.float32)
+    for i, one in enumerate(encoded):
+        weights[i, : len(one)] = tok.weights_of(one, position)
+    if ((weights > 0).sum(axis=1) == 1).all():
+        place = torch.from_numpy(weights.argmax(axis=1)).to(device)
+        every = torch.arange(len(batch), device=device)
+        return lambda resid: resid[every, place].float()
+    w = torch.from_numpy(weights).to(device)[:, None, :]
+    return lambda resid: torch.bmm(w, resid.float())[:, 0]
+
+
+class _Shards:
+    """Finished batches on disk, found again by the prompt's text and everything that shapes a row."""
+
+    def __init__(self, store: str | Path | None, like: ResidualCache):
+        self._folder: Path | None = None
+        if store is None:
+            return
+        if "callable" in like.position + like.template:
+            raise FileError("store= needs a named position and template: a callable cannot be told apart")
+        what = [like.model.to_dict(), like.position, like.template, like.layers]
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        self._folder = Path(store) / key
+
+    def fill(self, made: ResidualCache) -> list[int]:
+        """Copy the rows that are on disk into `made`; the numbers of those that are not."""
+        if self._folder is None:
+            return list(range(len(made)))
+        wanted: dict[str, list[int]] = {}
+        for row, text in enumerate(made.prompts.texts):
+            wanted.setdefault(text, []).append(row)
+        for path in sorted(self._folder.glob("*.safetensors")):
+            tensors, header = load_tensors(path, "residual shard")
+            for i, text in enumerate(header["texts"]):
+                for row in wanted.pop(text, []):
+                    made.resid[:, row], made.embed[row] = tensors["resid"][:, i], tensors["embed"][i]
+        return sorted(row for rows in wanted.values() for row in rows)
+
+    def keep(self, made: ResidualCache, rows: Sequence[int]) -> None:
+        if self._folder is None:
+            return
+        texts = [made.prompts.prompts[row].text for row in rows]
+        name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+        chosen = torch.tensor(rows)
+        tensors = {"resid": made.resid[:, chosen], "embed": made.embed[chosen]}
+        save_tensors(
+            self._folder / f"{name}.safetensors", "residual shard", tensors, {"texts": texts}
+        )
+
+
+def _header(cache: ResidualCache) -> dict[str, Any]:
+    return {
+        "layers": list(cache.layers),
+        "prompts": cache.prompts.to_frame().to_dict("records"),
+        "name": cache.prompts.name,
+        "position": cache.position,
+        "template": cache.template,
+        "hook": cache.hook,
+        "model": cache.model.to_dict(),
+    }
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    return f"{min(layers)} to {max(layers)}" if len(layers) > 3 else ", ".join(map(str, layers))

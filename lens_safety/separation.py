@@ -1,0 +1,201 @@
+"""Where the concept is: how far the classes lie apart at each layer, and along which dimensions."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .directions import ZERO_NORM, ContentVectors
+from .files import Result
+from .metrics import auroc_by_layer, cohens_d, group_resamples
+from .residuals import ResidualCache
+from .types import EMBED, Labels, OptionError
+
+
+@dataclass(frozen=True)
+class LayerTable(Result):
+    """A row a layer (the embedding first, as layer -1), of how far safe and dangerous prompts lie apart.
+
+    Columns: `layer`, `name`; `separation` = 1 - cos(safe mean, dangerous mean) (the persona-vector
+    study's score); `magnitude` = L2 norm of the content vector; `relative_magnitude` = that over the
+    median residual norm; `cohens_d` and `auroc` (with `auroc_low`, `auroc_high`, a 95% interval
+    bootstrapped by group) of cross-validated projections on the content vector; `auroc_shuffled` =
+    the 97.5% quantile of the same AUROC after the labels are shuffled (the control);
+    `split_half_cosine` = mean cosine of the vectors of two halves of the prompts; `is_zero` = the
+    class means are equal, so that there is no direction (AUROC 0.5, cosine 0).
+    """
+
+    frame: pd.DataFrame
+    n_safe: int
+    n_dangerous: int
+    folds: int
+    seed: int
+    source: str
+    position: str
+    model: str
+
+    @property
+    def best_layer(self) -> int:
+        """The layer with the highest cross-validated AUROC (the embedding left out; the first of equals)."""
+        blocks = self.frame[self.frame["layer"] != EMBED]
+        return int(blocks.loc[blocks["auroc"].idxmax(), "layer"])
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def _repr_html_(self) -> str:
+        title = (
+            f"{self.model}, {self.source} ({self.n_safe} safe, {self.n_dangerous} dangerous), "
+            f"{self.position}; best layer {self.best_layer}. Plot: ls.plots.layer_curve(table)"
+        )
+        return f"<p>{title}</p>{self.frame.round(3).to_html(index=False)}"
+
+
+def layer_table(
+    cache: ResidualCache, *, folds: int = 5, n_resamples: int = 500, n_shuffles: int = 40, seed: int = 0
+) -> LayerTable:
+    """How far the classes lie apart at the embedding and at each cached layer, with intervals and a control.
+
+    The AUROC and Cohen's d are those of s = (h - (safe mean + dangerous mean) / 2) . v / norm(v),
+    where the means and v come from the other folds (grouped and stratified). Fewer folds are taken
+    where a class has fewer groups.
+
+    Raises:
+        PromptError: a prompt without a label, or fewer than two groups of a class.
+    """
+    labels, groups = cache.prompts.labels, cache.prompts.groups
+    fewest = min(len(set(groups[labels])), len(set(groups[~labels])))
+    folds = max(2, min(folds, fewest))
+    held_out = cache.prompts.folds(folds, seed=seed)
+    resid = torch.cat([cache.embed[None], cache.resid])
+    scores = cross_validated_scores(resid, labels, held_out)
+    draws = [
+        auroc_by_layer(scores[:, rows], labels[rows])
+        for rows in group_resamples(groups, n_resamples=n_resamples, seed=seed)
+    ]
+    low, high = np.nanpercentile(np.array(draws), [2.5, 97.5], axis=0)
+    safe_mean, dangerous_mean = class_means(resid, labels)
+    magnitude = (dangerous_mean - safe_mean).norm(dim=1)
+    resid_norm = resid.norm(dim=2).median(dim=1).values
+    layers = [EMBED, *cache.layers]
+    frame = pd.DataFrame(
+        {
+            "layer": layers,
+            "name": ["embed" if layer == EMBED else f"layer {layer}" for layer in layers],
+            "separation": 1 - torch.cosine_similarity(safe_mean, dangerous_mean).numpy(),
+            "magnitude": magnitude.numpy(),
+            "relative_magnitude": (magnitude / resid_norm.clamp_min(1e-12)).numpy(),
+            "cohens_d": [cohens_d(row, labels) for row in scores],
+            "auroc": auroc_by_layer(scores, labels),
+            "auroc_low": low,
+            "auroc_high": high,
+            "auroc_shuffled": _shuffled_auroc(resid, labels, groups, held_out, n_shuffles, seed),
+            "split_half_cosine": _split_half_cosine(resid, labels, cache, seed),
+            "is_zero": (magnitude <= ZERO_NORM * resid_norm).numpy(),
+        }
+    )
+    return LayerTable(
+        frame=frame,
+        n_safe=int((~labels).sum()),
+        n_dangerous=int(labels.sum()),
+        folds=folds,
+        seed=seed,
+        source=cache.prompts.name,
+        position=cache.position,
+        model=cache.model.name,
+    )
+
+
+def top_dimensions(vectors: ContentVectors, layer: int, k: int = 20) -> pd.DataFrame:
+    """The k dimensions in which a layer's vector is largest, by absolute value.
+
+    Columns: `dimension`, `value` (positive = higher for dangerous prompts), `share` = value^2 /
+    norm^2 (how much of the difference it carries), `cumulative_share`, `safe_mean`, `dangerous_mean`.
+    """
+    vector = vectors.layer(layer)
+    if not 1 <= k <= len(vector):
+        raise OptionError(f"k={k} given, expected 1 to {len(vector)} dimensions")
+    order = vector.abs().argsort(descending=True, stable=True)[:k]
+    share = (vector[order] ** 2 / (vector**2).sum().clamp_min(1e-30)).numpy()
+    row = vectors.row(layer)
+    return pd.DataFrame(
+        {
+            "dimension": order.numpy(),
+            "value": vector[order].numpy(),
+            "share": share,
+            "cumulative_share": share.cumsum(),
+            "safe_mean": vectors.safe_mean[row, order].numpy(),
+            "dangerous_mean": vectors.dangerous_mean[row, order].numpy(),
+        }
+    )
+
+
+def class_means(
+    resid: Float[Tensor, "layer prompt d_model"], labels: Labels
+) -> tuple[Float[Tensor, "layer d_model"], Float[Tensor, "layer d_model"]]:
+    """(safe mean, dangerous mean) of each layer."""
+    dangerous = torch.from_numpy(labels)
+    return resid[:, ~dangerous].mean(dim=1), resid[:, dangerous].mean(dim=1)
+
+
+def cross_validated_scores(
+    resid: Float[Tensor, "layer prompt d_model"],
+    labels: Labels,
+    held_out: list[Int[np.ndarray, " row"]],
+) -> Float[np.ndarray, "layer prompt"]:
+    """Each prompt's projection on the unit content vector of the other folds, 0 at the midpoint."""
+    scores = np.zeros(tuple(resid.shape[:2]), dtype=np.float64)
+    for held in held_out:
+        fitting = np.ones(len(labels), dtype=bool)
+        fitting[held] = False
+        scores[:, held] = _project(resid, labels, fitting, held)
+    return scores
+
+
+def _project(
+    resid: Float[Tensor, "layer prompt d_model"],
+    labels: Labels,
+    fitting: Bool[np.ndarray, " prompt"],
+    held: Int[np.ndarray, " row"],
+) -> np.ndarray:
+    safe, dangerous = class_means(resid[:, torch.from_numpy(fitting)], labels[fitting])
+    vector = dangerous - safe
+    norm = vector.norm(dim=1, keepdim=True)
+    scale = resid.norm(dim=2).median(dim=1).values[:, None]
+    unit = torch.where(norm > ZERO_NORM * scale, vector / norm.clamp_min(1e-30), 0.0)
+    centred = resid[:, torch.from_numpy(held)] - ((safe + dangerous) / 2)[:, None]
+    return torch.einsum("lpd,ld->lp", centred, unit).double().numpy()
+
+
+def _shuffled_auroc(
+    resid: Tensor,
+    labels: Labels,
+    groups: np.ndarray,
+    held_out: list[np.ndarray],
+    n_shuffles: int,
+    seed: int,
+) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(n_shuffles):
+        shuffled = rng.permutation(labels)
+        draws.append(auroc_by_layer(cross_validated_scores(resid, shuffled, held_out), shuffled))
+    return np.nanpercentile(np.array(draws), 97.5, axis=0)
+
+
+def _split_half_cosine(
+    resid: Tensor, labels: Labels, cache: ResidualCache, seed: int, n_splits: int = 10
+) -> np.ndarray:
+    cosines = []
+    for split in range(n_splits):
+        half = np.zeros(len(labels), dtype=bool)
+        half[cache.prompts.folds(2, seed=seed + split)[0]] = True
+        pair = []
+        for rows in (half, ~half):
+            safe, dangerous = class_means(resid[:, torch.from_numpy(rows)], labels[rows])
+            pair.append(dangerous - safe)
+        cosines.append(torch.cosine_similarity(*pair, dim=1).numpy())
+    return np.mean(cosines, axis=0)
