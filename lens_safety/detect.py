@@ -1,4 +1,4 @@
-"""Detectors: a prompt's score from its residual stream, layer and threshold chosen inside the training set."""
+"""Detectors: a prompt's score from its residual stream; every choice made inside the training set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import tokens as tok
-from .directions import ContentVectors
+from .directions import ZERO_NORM, ContentVectors
 from .files import building_from, load_tensors, save_tensors
 from .metrics import auroc, best_threshold, check_scores
 from .models import ModelFingerprint, fingerprint
@@ -92,7 +92,8 @@ class Detector:
 
         Raises:
             PromptError: a prompt without a label, or fewer than `folds` groups of a class.
-            OptionError: an unknown method, or a layer that is not in the cache.
+            OptionError: an unknown method or threshold, or "logistic" with `vectors`.
+            MismatchError: a layer that is not in the cache, or vectors of another model.
         """
         one_of(method, METHODS, "method")
         if vectors is not None:
@@ -108,7 +109,7 @@ class Detector:
         ]
         best = max(range(len(tried)), key=lambda i: (auroc(tried[i][0], labels), -i))
         scores, at, c = tried[best]
-        cut = best_threshold(scores, labels) if threshold == "accuracy" else float(threshold)
+        cut = _threshold(threshold, scores, labels)
         return cls(
             method=method,
             layer=at,
@@ -257,6 +258,14 @@ def _check_vectors(vectors: ContentVectors, cache: ResidualCache, method: str) -
         raise OptionError("method='logistic' given with vectors: expected 'two-vector' or 'one-vector'")
 
 
+def _threshold(threshold: float | str, scores: Scores, labels: Labels) -> float:
+    if threshold == "accuracy":
+        return best_threshold(scores, labels)
+    if isinstance(threshold, str) or not np.isfinite(threshold):
+        raise OptionError(f"threshold={threshold!r} given, expected 'accuracy' or a finite number")
+    return float(threshold)
+
+
 def _means(vectors: ContentVectors | None, layer: int) -> _Parameters:
     if vectors is None:
         return {}
@@ -264,9 +273,7 @@ def _means(vectors: ContentVectors | None, layer: int) -> _Parameters:
     return {"safe_mean": vectors.safe_mean[row], "dangerous_mean": vectors.dangerous_mean[row]}
 
 
-def _folds(
-    prompts: PromptSet, folds: int, seed: int, *, needed: bool
-) -> list[Int[np.ndarray, " row"]]:
+def _folds(prompts: PromptSet, folds: int, seed: int, *, needed: bool) -> list[Int[np.ndarray, " row"]]:
     """Held-out rows; one fold of everything where the means come from elsewhere and nothing is fitted."""
     labels = prompts.labels
     if needed:
@@ -279,7 +286,7 @@ def _folds(
 def _out_of_fold(
     resid: Float[Tensor, "prompt d_model"],
     labels: Labels,
-    held_out: list[Int[np.ndarray, " row"]],
+    held_out: list[Int[np.ndarray, " _"]],
     method: str,
     c: float,
     given: _Parameters,
@@ -297,7 +304,10 @@ def _fit(resid: Float[Tensor, "prompt d_model"], labels: Labels, method: str, c:
     dangerous = torch.from_numpy(labels)
     if method == "logistic":
         return _fit_logistic(resid, labels, c)
-    return {"safe_mean": resid[~dangerous].mean(dim=0), "dangerous_mean": resid[dangerous].mean(dim=0)}
+    return {
+        "safe_mean": resid[~dangerous].mean(dim=0),
+        "dangerous_mean": resid[dangerous].mean(dim=0),
+    }
 
 
 def _fit_logistic(resid: Float[Tensor, "prompt d_model"], labels: Labels, c: float) -> _Parameters:
@@ -318,9 +328,9 @@ def _apply(resid: Float[Tensor, "prompt d_model"], method: str, parameters: _Par
     if method == "logistic":
         return (((h - p["mean"]) / p["scale"]) @ p["weight"] + p["bias"]).numpy()
     safe, dangerous = p["safe_mean"], p["dangerous_mean"]
+    if (dangerous - safe).norm() <= ZERO_NORM * (dangerous + safe).norm() / 2:
+        return np.zeros(len(h))  # no direction: rounding noise must not rank prompts
     if method == "two-vector":
-        return (
-            torch.cosine_similarity(h, dangerous[None]) - torch.cosine_similarity(h, safe[None])
-        ).numpy()
+        return (torch.cosine_similarity(h, dangerous[None]) - torch.cosine_similarity(h, safe[None])).numpy()
     vector = dangerous - safe
     return ((h - (safe + dangerous) / 2) @ (vector / vector.norm().clamp_min(1e-30))).numpy()

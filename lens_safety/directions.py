@@ -52,7 +52,7 @@ class ContentVectors:
     def __sub__(self, other: "ContentVectors") -> "ContentVectors":
         return self._combine(other, -1.0, "-")
 
-    def __mul__(self, factor: float) -> "ContentVectors":
+    def __mul__(self, factor: float | int) -> "ContentVectors":
         return replace(
             self,
             vectors=self.vectors * factor,
@@ -129,7 +129,9 @@ class ContentVectors:
         )
 
     def _repr_html_(self) -> str:
-        title = f"{self.method} vectors of {self.model.name}: {self.n_safe} safe, {self.n_dangerous} dangerous"
+        title = (
+            f"{self.method} vectors of {self.model.name}: {self.n_safe} safe, {self.n_dangerous} dangerous"
+        )
         return f"<p>{title}</p>{self.to_frame().round(4).to_html(index=False)}"
 
     def save(self, path: str | Path) -> Path:
@@ -143,10 +145,12 @@ class ContentVectors:
         """Read what `save` wrote. Raises `FileError` for a damaged file, another kind or version."""
         tensors, header = load_tensors(path, _KIND)
         with building_from(path):
-            shape = (len(header["layers"]), header["model"]["d_model"])
-            for name in ("vectors", "safe_mean", "dangerous_mean"):
+            whole = (len(header["layers"]), header["model"]["d_model"])
+            for name in _TENSORS:
+                shape = whole[:1] if name == "resid_norm" else whole
                 if tuple(tensors[name].shape) != shape:
-                    raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} instead of {shape}")
+                    found = tuple(tensors[name].shape)
+                    raise ValueError(f"{name} of shape {found} instead of {shape}")
             values = {name: header[name] for name in _PLAIN}
             values["layers"] = tuple(values["layers"])
             model = ModelFingerprint.from_dict(header["model"])

@@ -1,5 +1,6 @@
 """Held-out evaluation: a frozen detector on prompts it was not tuned to, by prompt type, with intervals."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,41 @@ class DetectionReport(Result):
             f"{self.threshold:.4g}. Plot: ls.plots.score_distribution(report)"
         )
         return f"<p>{title}</p>{self.frame.round(3).to_html(index=False)}"
+
+
+@dataclass(frozen=True)
+class DetectorComparison(Result):
+    """Several detectors on the same held-out sets: a row for each detector, set and prompt type.
+
+    Columns: `detector`, `set`, and those of `DetectionReport`; type "all" is all types together.
+    """
+
+    frame: pd.DataFrame
+    model: str
+    seed: int
+
+    @property
+    def overall(self) -> pd.DataFrame:
+        """The rows of all types together."""
+        return self.frame.query("type == @OVERALL").reset_index(drop=True)
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def _repr_html_(self) -> str:
+        return f"{self.overall.round(3).to_html(index=False)}<p>Plot: ls.plots.comparison(result)</p>"
+
+
+def compare(reports: Sequence[tuple[str, DetectionReport]]) -> DetectorComparison:
+    """Put the reports of several named detectors under each other."""
+    frames = []
+    for name, report in reports:
+        frame = report.to_frame()
+        frame.insert(0, "detector", name)
+        frame.insert(1, "set", report.source)
+        frames.append(frame)
+    first = reports[0][1]
+    return DetectorComparison(frame=pd.concat(frames, ignore_index=True), model=first.model, seed=first.seed)
 
 
 def evaluate(
@@ -151,7 +187,7 @@ def tfidf_report(
     return report_scores(
         np.asarray(fitted.decision_function(test.texts), dtype=np.float64),
         test,
-        threshold=best_threshold(held_out, labels),
+        threshold=best_threshold(np.asarray(held_out), labels),
         detector=f"TF-IDF + logistic regression, fitted on {train.name}",
         model="no language model",
         n_resamples=n_resamples,

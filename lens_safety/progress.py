@@ -7,12 +7,22 @@ Item = TypeVar("Item")
 
 
 def track(
-    items: Sequence[Item], what: str, show: bool = True, *, size: Callable[[Item], int] = lambda _: 1
+    items: Sequence[Item],
+    what: str,
+    show: bool = True,
+    *,
+    size: Callable[[Item], int] = lambda _: 1,
 ) -> Iterator[Item]:
     """Yield `items`, with a bar that advances by `size(item)` after each."""
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import BarColumn, MofNCompleteColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     console = Console(stderr=True)
     columns = (

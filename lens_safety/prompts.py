@@ -18,7 +18,7 @@ from jaxtyping import Int
 from .files import write_text
 from .types import Labels, PromptError
 
-BUILT_IN = ("content", "validation", "adversarial", "personas")
+BUILT_IN = ("content", "validation", "adversarial", "personas", "neutral")
 """The authored sets. Their cards are in the README."""
 
 DATA_VARIABLE = "LENS_SAFETY_DATA"
@@ -62,7 +62,7 @@ class PromptSet:
     def __getitem__(self, rows: int) -> Prompt: ...
     @overload
     def __getitem__(self, rows: "slice | Sequence[int] | np.ndarray") -> "PromptSet": ...
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: "int | slice | Sequence[int] | np.ndarray") -> "Prompt | PromptSet":
         if isinstance(rows, int):
             return self.prompts[rows]
         chosen = np.arange(len(self))[rows]
@@ -146,7 +146,7 @@ def as_prompts(prompts: "PromptSet | Sequence[str]") -> PromptSet:
     """A `PromptSet` as it is; strings become prompts with unknown labels.
 
     Raises:
-        PromptError: no prompts, a lone string, or an empty text.
+        PromptError: no prompts, a lone string, an empty text, or one with half a character.
     """
     if isinstance(prompts, str):
         raise PromptError(f"expected a list of prompts, given one string: pass [{prompts[:40]!r}]")
@@ -156,8 +156,11 @@ def as_prompts(prompts: "PromptSet | Sequence[str]") -> PromptSet:
         raise PromptError(f"{prompts.name} holds no prompts: expected at least one")
     for number, prompt in enumerate(prompts.prompts):
         if not prompt.text.strip():
+            raise PromptError(f"prompt {number} of {prompts.name} is empty: expected text; leave it out")
+        if any("\ud800" <= character <= "\udfff" for character in prompt.text):
             raise PromptError(
-                f"prompt {number} of {prompts.name} is empty: expected text; leave it out"
+                f"prompt {number} of {prompts.name} holds half a character (a lone surrogate, as "
+                f"escapes that were cut leave it): {prompt.text[:40]!r}; mend it or leave it out"
             )
     return prompts
 
@@ -195,9 +198,7 @@ def _read(path: Path) -> PromptSet:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise PromptError(
-            f"{path} line {line}: bytes that are not UTF-8; save the file as UTF-8"
-        ) from error
+        raise PromptError(f"{path} line {line}: bytes that are not UTF-8; save the file as UTF-8") from error
     except OSError as error:
         raise PromptError(f"{path} cannot be read ({error})") from error
     rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else _json_rows(path, text)
@@ -232,17 +233,19 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if "text" not in (reader.fieldnames or []):
-        raise PromptError(
-            f"{path} line 1: columns {', '.join(reader.fieldnames or []) or 'none'}; expected text, label"
-        )
-    while True:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        columns = next(reader, [])
+        if "text" not in columns:
+            raise PromptError(f"{path} line 1: columns {', '.join(columns) or 'none'}; expected text, label")
         line = reader.line_num + 1
-        row = next(reader, None)
-        if row is None:
-            return
-        yield line, row
+        for cells in reader:
+            if cells:
+                yield line, dict(zip(columns, cells, strict=False))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise PromptError(f"{path} line {line}: not CSV ({error})") from error
 
 
 def _prompt(path: Path, line: int, row: dict) -> Prompt:

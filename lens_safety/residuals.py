@@ -58,7 +58,7 @@ class ResidualCache:
 
     def __getitem__(self, rows: "slice | Sequence[int] | np.ndarray") -> "ResidualCache":
         """The cache of some of the prompts."""
-        chosen = torch.from_numpy(np.arange(len(self))[rows])
+        chosen = torch.from_numpy(np.arange(len(self))[rows].copy())
         return replace(
             self,
             resid=self.resid[:, chosen],
@@ -78,11 +78,16 @@ class ResidualCache:
             prompts = PromptSet(tuple(Prompt(**row) for row in header["prompts"]), header["name"])
             layers = tuple(header["layers"])
             d_model = header["model"]["d_model"]
-            if tuple(tensors["resid"].shape) != (len(layers), len(prompts), d_model):
-                raise FileError(
-                    f"{path} holds a tensor of shape {tuple(tensors['resid'].shape)}, its header says "
-                    f"{(len(layers), len(prompts), d_model)}; make it again"
-                )
+            shapes = {
+                "resid": (len(layers), len(prompts), d_model),
+                "embed": (len(prompts), d_model),
+            }
+            for name, shape in shapes.items():
+                if tuple(tensors[name].shape) != shape:
+                    raise FileError(
+                        f"{path} holds a tensor of shape {tuple(tensors[name].shape)}, its header says "
+                        f"{shape}; make it again"
+                    )
             return cls(
                 resid=tensors["resid"],
                 embed=tensors["embed"],
@@ -138,7 +143,7 @@ def residual_streams(
         model=fingerprint(model),
     )
     encoded = tok.encode(model, prompts.texts, template=template, truncate=truncate)
-    shards = _Shards(store, made)
+    shards = _Shards(store, made, cut_at=model.cfg.n_ctx if truncate else None)
     missing = shards.fill(made)
     todo = list(tok.batches(model, [encoded[row] for row in missing], batch_tokens=batch_tokens))
     for batch in track(todo, f"residual streams of {prompts.name}", progress, size=len):
@@ -218,13 +223,13 @@ def _reducer(
 class _Shards:
     """Finished batches on disk, found again by the prompt's text and everything that shapes a row."""
 
-    def __init__(self, store: str | Path | None, like: ResidualCache):
+    def __init__(self, store: str | Path | None, like: ResidualCache, *, cut_at: int | None):
         self._folder: Path | None = None
         if store is None:
             return
         if "callable" in like.position + like.template:
             raise FileError("store= needs a named position and template: a callable cannot be told apart")
-        what = [like.model.to_dict(), like.position, like.template, like.layers]
+        what = [like.model.to_dict(), like.position, like.template, like.layers, cut_at]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         self._folder = Path(store) / key
 
@@ -239,7 +244,10 @@ class _Shards:
             tensors, header = load_tensors(path, "residual shard")
             for i, text in enumerate(header["texts"]):
                 for row in wanted.pop(text, []):
-                    made.resid[:, row], made.embed[row] = tensors["resid"][:, i], tensors["embed"][i]
+                    made.resid[:, row], made.embed[row] = (
+                        tensors["resid"][:, i],
+                        tensors["embed"][i],
+                    )
         return sorted(row for rows in wanted.values() for row in rows)
 
     def keep(self, made: ResidualCache, rows: Sequence[int]) -> None:
@@ -249,9 +257,7 @@ class _Shards:
         name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
         chosen = torch.tensor(rows)
         tensors = {"resid": made.resid[:, chosen], "embed": made.embed[chosen]}
-        save_tensors(
-            self._folder / f"{name}.safetensors", "residual shard", tensors, {"texts": texts}
-        )
+        save_tensors(self._folder / f"{name}.safetensors", "residual shard", tensors, {"texts": texts})
 
 
 def _header(cache: ResidualCache) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class LayerTable(Result):
     @property
     def best_layer(self) -> int:
         """The layer with the highest cross-validated AUROC (the embedding left out; the first of equals)."""
-        blocks = self.frame[self.frame["layer"] != EMBED]
-        return int(blocks.loc[blocks["auroc"].idxmax(), "layer"])
+        blocks = self.frame.query("layer != @EMBED")
+        return int(blocks["layer"].to_numpy()[blocks["auroc"].to_numpy().argmax()])
 
     def to_frame(self) -> pd.DataFrame:
         return self.frame.copy()
@@ -55,7 +55,12 @@ class LayerTable(Result):
 
 
 def layer_table(
-    cache: ResidualCache, *, folds: int = 5, n_resamples: int = 500, n_shuffles: int = 40, seed: int = 0
+    cache: ResidualCache,
+    *,
+    folds: int = 5,
+    n_resamples: int = 500,
+    n_shuffles: int = 40,
+    seed: int = 0,
 ) -> LayerTable:
     """How far the classes lie apart at the embedding and at each cached layer, with intervals and a control.
 
@@ -144,7 +149,7 @@ def class_means(
 def cross_validated_scores(
     resid: Float[Tensor, "layer prompt d_model"],
     labels: Labels,
-    held_out: list[Int[np.ndarray, " row"]],
+    held_out: list[Int[np.ndarray, " _"]],
 ) -> Float[np.ndarray, "layer prompt"]:
     """Each prompt's projection on the unit content vector of the other folds, 0 at the midpoint."""
     scores = np.zeros(tuple(resid.shape[:2]), dtype=np.float64)
@@ -161,13 +166,21 @@ def _project(
     fitting: Bool[np.ndarray, " prompt"],
     held: Int[np.ndarray, " row"],
 ) -> np.ndarray:
-    safe, dangerous = class_means(resid[:, torch.from_numpy(fitting)], labels[fitting])
+    unit, middle = _unit_and_middle(resid, labels, fitting)
+    centred = resid[:, torch.from_numpy(held)] - middle[:, None]
+    return torch.einsum("lpd,ld->lp", centred, unit).double().numpy()
+
+
+def _unit_and_middle(
+    resid: Float[Tensor, "layer prompt d_model"], labels: Labels, rows: Bool[np.ndarray, " prompt"]
+) -> tuple[Float[Tensor, "layer d_model"], Float[Tensor, "layer d_model"]]:
+    """The unit content vector of some rows (0 where it is rounding noise), and the midpoint."""
+    safe, dangerous = class_means(resid[:, torch.from_numpy(rows)], labels[rows])
     vector = dangerous - safe
     norm = vector.norm(dim=1, keepdim=True)
     scale = resid.norm(dim=2).median(dim=1).values[:, None]
     unit = torch.where(norm > ZERO_NORM * scale, vector / norm.clamp_min(1e-30), 0.0)
-    centred = resid[:, torch.from_numpy(held)] - ((safe + dangerous) / 2)[:, None]
-    return torch.einsum("lpd,ld->lp", centred, unit).double().numpy()
+    return unit, (safe + dangerous) / 2
 
 
 def _shuffled_auroc(
@@ -193,9 +206,6 @@ def _split_half_cosine(
     for split in range(n_splits):
         half = np.zeros(len(labels), dtype=bool)
         half[cache.prompts.folds(2, seed=seed + split)[0]] = True
-        pair = []
-        for rows in (half, ~half):
-            safe, dangerous = class_means(resid[:, torch.from_numpy(rows)], labels[rows])
-            pair.append(dangerous - safe)
-        cosines.append(torch.cosine_similarity(*pair, dim=1).numpy())
+        first, second = (_unit_and_middle(resid, labels, rows)[0] for rows in (half, ~half))
+        cosines.append((first * second).sum(dim=1).numpy())
     return np.mean(cosines, axis=0)

@@ -95,9 +95,7 @@ def steering(
         ),
         fired=dict.fromkeys(chosen, 0),
     )
-    hooks = [
-        (resid_hook(layer), _hook(layer, _checked(vectors, layer), factors, record)) for layer in chosen
-    ]
+    hooks = [(resid_hook(layer), _hook(layer, _checked(vectors, layer), factors, record)) for layer in chosen]
     with model.hooks(fwd_hooks=hooks):
         yield record
 
@@ -124,10 +122,12 @@ def generate(
 
     Raises:
         PromptError: an empty prompt, or one that leaves no room in the context.
-        OptionError: a negative temperature, or a length, top_k or top_p out of range.
+        OptionError: a negative temperature, or a length, batch size, top_k or top_p out of range.
     """
     prompts = as_prompts(prompts)
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if batch_size is not None and batch_size < 1:
+        raise OptionError(f"batch_size={batch_size} given, expected 1 or more")
     encoded = tok.encode(model, prompts.texts, template=template, reserve=max_new_tokens)
     size = batch_size or len(encoded)
     generator = torch.Generator().manual_seed(seed)
@@ -176,7 +176,10 @@ def continuation_nll(
 
 
 def _hook(
-    layer: int, vector: Float[Tensor, " d_model"], factors: Float[Tensor, " batch"], record: Steering
+    layer: int,
+    vector: Float[Tensor, " d_model"],
+    factors: Float[Tensor, " batch"],
+    record: Steering,
 ) -> Hook:
     def hook_fn(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
         record.fired[layer] += 1
@@ -238,9 +241,7 @@ def _checked(vectors: ContentVectors, layer: int) -> Float[Tensor, " d_model"]:
     return vector
 
 
-def _check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if max_new_tokens < 1:
         raise OptionError(f"max_new_tokens={max_new_tokens} given, expected 1 or more")
     if not 0 <= temperature < float("inf"):

@@ -1,6 +1,5 @@
 """From texts to token batches: the chat template, which tokens are content, which are read."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +56,10 @@ class Batch:
     def _part(self, part: slice) -> "Batch":
         longest = int(self.lengths[part].max())
         return Batch(
-            self.tokens[part, :longest], self.content[part, :longest], self.lengths[part], self.rows[part]
+            self.tokens[part, :longest],
+            self.content[part, :longest],
+            self.lengths[part],
+            self.rows[part],
         )
 
 
@@ -199,9 +201,7 @@ def weights_of(one: Encoded, position: Position) -> Float[np.ndarray, " pos"]:
     return weights
 
 
-def batches(
-    model: ResidualModel, encoded: Sequence[Encoded], *, batch_tokens: int
-) -> Iterator[Batch]:
+def batches(model: ResidualModel, encoded: Sequence[Encoded], *, batch_tokens: int) -> Iterator[Batch]:
     """Right-padded batches of prompts of like length, at most `batch_tokens` padded tokens each."""
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]), reverse=True)
     while order:
@@ -225,7 +225,10 @@ def pad(
     device = device_of(model)
     lengths = torch.tensor([len(encoded[row]) for row in rows], device=device)
     return Batch(
-        torch.from_numpy(tokens).to(device), torch.from_numpy(content).to(device), lengths, tuple(rows)
+        torch.from_numpy(tokens).to(device),
+        torch.from_numpy(content).to(device),
+        lengths,
+        tuple(rows),
     )
 
 
@@ -257,7 +260,8 @@ def _renderer(tokenizer: Any, template: Template) -> Callable[[str], tuple[str, 
         )
 
     # What two texts without a common beginning share at the start is the template's own.
-    shared = len(os.path.commonprefix([chat("a"), chat("b")]))
+    pairs = zip(chat("a"), chat("b"), strict=False)
+    shared = next((i for i, (x, y) in enumerate(pairs) if x != y), 0)
     return lambda text: (*_located(chat(text), text, shared), False)
 
 

@@ -1,0 +1,106 @@
+"""Question: what does reading every layer cost beside the forward pass that has to run anyway?
+
+Method: the residual streams of 256 chat prompts (`residual_streams`: encoding, batching, hooks, all
+layers), against a bare forward pass through the same engine's body (no unembedding, no hooks) over the
+same token batches, and against `run_with_cache` of everything, batch by batch. The three take turns,
+so that a slow minute hits all of them; medians of several rounds.
+Control: the bare body. No extraction through this engine can be faster on the same batches.
+Reading: `vs_body` near 1 means that the hooks cost nothing; `vs_run_with_cache` is what is saved.
+
+    python analyses/benchmarks/extraction.py --engine hooked --rounds 3 [--json]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import lens_safety as ls
+from lens_safety.models import borrowed, engine_of
+from lens_safety.prompts import PromptSet
+from lens_safety.residuals import BATCH_TOKENS
+from lens_safety.tokens import Batch, batches, encode
+
+N_PROMPTS = 256
+
+
+def main() -> None:
+    options = arguments()
+    model = ls.load_model(options.model, engine=options.engine)
+    prompts = benchmark_prompts(options.prompts)
+    ready = list(batches(model, encode(model, prompts.texts), batch_tokens=BATCH_TOKENS))
+    body = bare_body(model)
+    contenders: dict[str, Callable[[], object]] = {
+        "residual_streams": lambda: ls.residual_streams(model, prompts, progress=False),
+        "body": lambda: on_each(ready, body),
+        "run_with_cache": lambda: on_each(ready, model.run_with_cache),
+    }
+    with borrowed(model):
+        on_each(ready[:1], body)
+        seconds = take_turns(contenders, options.rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        "vs_body": round(medians["residual_streams"] / medians["body"], 3),
+        "vs_run_with_cache": round(medians["residual_streams"] / medians["run_with_cache"], 3),
+    }
+    if options.json:
+        print(json.dumps(ratios))
+        return
+    n_tokens = int(sum(batch.lengths.sum() for batch in ready))
+    print(
+        f"{engine_of(model)} engine, {len(prompts)} prompts, {n_tokens} tokens, "
+        f"{torch.get_num_threads()} threads, median of {options.rounds} rounds"
+    )
+    for name, value in medians.items():
+        print(f"  {name:<18}{value:8.2f} s   (rounds: {', '.join(f'{s:.2f}' for s in seconds[name])})")
+    for name, value in ratios.items():
+        print(f"  {name:<18}{value:8.2f}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engine", choices=("auto", "hooked", "bridge"), default="auto")
+    parser.add_argument("--model", help="hub name, folder or .gguf file; the built-in model by default")
+    parser.add_argument("--prompts", type=int, default=N_PROMPTS, help="how many prompts")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is taken")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with the ratios")
+    return parser.parse_args()
+
+
+def benchmark_prompts(n: int) -> PromptSet:
+    """The first n of the built-in prompts, all sets in a row."""
+    every = [p for name in ("content", "validation", "adversarial") for p in ls.load_prompts(name)]
+    return PromptSet(tuple(every[:n]), "benchmark prompts")
+
+
+def bare_body(model: Any) -> Callable[[torch.Tensor], object]:
+    """The forward pass up to the final norm, without unembedding and without hooks."""
+    if engine_of(model) == "hooked":
+        return lambda tokens: model(tokens, stop_at_layer=model.cfg.n_layers, padding_side="right")
+    return lambda tokens: model.original_model.base_model(tokens, use_cache=False)
+
+
+def on_each(ready: list[Batch], run: Callable[[torch.Tensor], object]) -> None:
+    for batch in ready:
+        run(batch.tokens)
+
+
+def take_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

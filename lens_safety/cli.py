@@ -1,0 +1,505 @@
+"""`lens-safety`: parse, one library call, save or show. Results on stdout, progress and errors on stderr."""
+
+import json
+import math
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .types import LensSafetyError, OptionError, PromptError
+
+app = typer.Typer(
+    name="lens-safety",
+    help="Where danger is in a language model's residual stream, how well it is detected there, and what "
+    "steering along it does.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+
+class MethodName(StrEnum):
+    """The detection methods, as the command line spells them."""
+
+    two_vector = "two-vector"
+    one_vector = "one-vector"
+    logistic = "logistic"
+
+
+class OperatorName(StrEnum):
+    """The steering operators."""
+
+    add = "add"
+    ablate = "ablate"
+
+
+class PositionsName(StrEnum):
+    """Which positions are steered."""
+
+    all = "all"
+    generated = "generated"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Hub name, folder or .gguf file; the built-in model by default."),
+]
+EngineOption = Annotated[
+    str, typer.Option(help="auto, hooked (HookedTransformer) or bridge (TransformerBridge).")
+]
+PromptsOption = Annotated[
+    str,
+    typer.Option("--prompts", "-p", help="Training prompts: a built-in set, .jsonl, .csv, or a data set."),
+]
+PositionOption = Annotated[
+    str, typer.Option(help="content_mean, content_last, last, max, or a token number.")
+]
+TemplateOption = Annotated[str, typer.Option(help="auto, chat or raw.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+MethodOption = Annotated[MethodName, typer.Option(help="How a prompt is scored.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of folds, bootstrap and controls.")]
+
+
+@app.command()
+def study(
+    model: ModelOption = None,
+    prompts: PromptsOption = "content",
+    test: Annotated[
+        list[str] | None,
+        typer.Option("--test", "-t", help="Held-out prompts; may be repeated. Default: the built-in two."),
+    ] = None,
+    position: PositionOption = "content_mean",
+    template: TemplateOption = "auto",
+    method: MethodOption = MethodName.two_vector,
+    multipliers: Annotated[str, typer.Option(help="Steering multipliers, comma-separated.")] = "-4,-2,0,2,4",
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("runs/study"),
+    engine: EngineOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Where danger is, how well it is detected, what steering does: a report and its data.
+
+    Example: lens-safety study --out runs/mine
+    """
+    from .prompts import load_prompts
+    from .study import TESTS
+    from .study import study as run
+
+    train, tests = load_prompts(prompts), [load_prompts(name) for name in test or TESTS]
+    numbers = _numbers(multipliers)
+    made = run(
+        _load(model, engine),
+        train=train,
+        tests=tests,
+        method=method.value,
+        position=_position(position),
+        template=template,
+        multipliers=numbers,
+        store=out_folder / "residuals",
+        seed=seed,
+    )
+    files = made.save(out_folder)
+    if as_json:
+        files_shown = {name: str(path) for name, path in files.items()}
+        _print_json(made.settings | {"detection": _records(made.comparison.overall), "files": files_shown})
+        return
+    _print_table(
+        made.comparison.overall,
+        ["detector", "set", "accuracy", "auroc", "tpr", "fpr"],
+        f"Held-out prompts, {made.detector.model.name}",
+    )
+    _say(
+        f"Layer {made.detector.layer} and its threshold were chosen inside {train.name}. "
+        f"Results: {out_folder}/ (open {files['report.html']})"
+    )
+
+
+@app.command()
+def layers(
+    model: ModelOption = None,
+    prompts: PromptsOption = "content",
+    position: PositionOption = "content_mean",
+    template: TemplateOption = "auto",
+    csv: Annotated[Path | None, typer.Option("--out", help="Write the table as CSV too.")] = None,
+    engine: EngineOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """How far safe and dangerous prompts lie apart at each layer.
+
+    Example: lens-safety layers --prompts my_prompts.csv
+    """
+    from .files import write_csv
+    from .separation import layer_table
+
+    cache = _extract(_load(model, engine), prompts, position, template)
+    table = layer_table(cache, seed=seed)
+    if csv is not None:
+        write_csv(csv, table.frame)
+        _say(f"Table: {csv}")
+    if as_json:
+        _print_json({"best_layer": table.best_layer, "layers": _records(table.frame)})
+        return
+    shown = ["name", "auroc", "auroc_shuffled", "cohens_d", "separation", "relative_magnitude"]
+    _print_table(table.frame, [*shown, "split_half_cosine"], f"{table.model}, {table.source}")
+    _say(f"Best layer {table.best_layer} (highest cross-validated AUROC).")
+
+
+@app.command()
+def fit(
+    out_file: Annotated[Path, typer.Option("--out", help="Where the detector is written.")] = Path(
+        "runs/detector.safetensors"
+    ),
+    vectors: Annotated[
+        Path | None, typer.Option("--vectors", help="Write the content vectors to this file too.")
+    ] = None,
+    model: ModelOption = None,
+    prompts: PromptsOption = "content",
+    method: MethodOption = MethodName.two_vector,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer to read; chosen by cross-validation by default.")
+    ] = None,
+    position: PositionOption = "content_mean",
+    template: TemplateOption = "auto",
+    test: Annotated[
+        list[str] | None,
+        typer.Option("--test", "-t", help="Held-out prompts to report on; repeatable."),
+    ] = None,
+    engine: EngineOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a detector on labelled prompts, report it on held-out ones, and save it.
+
+    Example: lens-safety fit --prompts my_train.jsonl --test my_test.jsonl --out runs/mine.safetensors
+    """
+    from .detect import Detector
+    from .directions import content_vectors
+    from .evaluate import evaluate, oracle_accuracy
+
+    loaded = _load(model, engine)
+    cache = _extract(loaded, prompts, position, template)
+    detector = Detector.fit(cache, method=method.value, layer="auto" if layer is None else layer, seed=seed)
+    result = _records(detector.to_frame())[0] | {"file": str(detector.save(out_file)), "tests": []}
+    if vectors is not None:
+        result["vectors"] = str(content_vectors(cache).save(vectors))
+    for name in test or []:
+        held_out = _extract(loaded, name, position, template)
+        report = evaluate(detector, held_out, seed=seed)
+        row = {"set": report.source, "n": report.n} | _records(report.frame)[0]
+        result["tests"].append(row | {"oracle_accuracy": oracle_accuracy(detector, held_out).value})
+        if not as_json:
+            shown = ["type", "n_safe", "n_dangerous", "accuracy", "auroc", "tpr", "fpr"]
+            _print_table(report.frame, shown, f"{report.source}, n = {report.n}")
+            _say(
+                f"For comparison only: {row['set']} accuracy with the threshold chosen on the test scores "
+                f"(the study's way): {oracle_accuracy(detector, held_out)}"
+            )
+    if as_json:
+        _print_json(result)
+        return
+    _say(
+        f"{detector.method} at layer {detector.layer}, threshold {detector.threshold:.4g}; inside "
+        f"{detector.source}: AUROC {detector.auroc_cv:.3f}, accuracy {detector.accuracy_cv:.3f} "
+        f"(the best layer's, so flattering). Detector: {out_file}"
+    )
+
+
+@app.command()
+def detect(
+    texts: Annotated[list[str] | None, typer.Argument(help="Prompts, or - for one a line on stdin.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="A .jsonl or .csv file, or a text file, one a line."),
+    ] = None,
+    detector: Annotated[
+        Path | None,
+        typer.Option(help="A saved detector; by default one is fitted on the built-in prompts."),
+    ] = None,
+    model: ModelOption = None,
+    truncate: Annotated[bool, typer.Option(help="Cut prompts that are too long for the context.")] = False,
+    engine: EngineOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Score prompts: higher is more dangerous.
+
+    Example: lens-safety detect "How do I kill time at the airport?"
+    """
+    import pandas as pd
+
+    from .detect import Detector
+
+    prompts = _texts(texts, file)
+    saved = Detector.load(detector) if detector is not None else None
+    loaded = _load(model, engine)
+    used = saved or _default_detector(loaded)
+    scores = used.score(prompts, model=loaded, truncate=truncate, progress=True)
+    frame = pd.DataFrame(
+        {
+            "score": scores,
+            "verdict": ["dangerous" if score > used.threshold else "safe" for score in scores],
+            "text": prompts,
+        }
+    )
+    if as_json:
+        _print_json(
+            {
+                "detector": f"{used.method} at layer {used.layer}, fitted on {used.source}",
+                "threshold": used.threshold,
+                "prompts": _records(frame),
+            }
+        )
+        return
+    _print_table(frame, list(frame), f"{used.method}, layer {used.layer}, threshold {used.threshold:.4g}")
+
+
+@app.command()
+def steer(
+    texts: Annotated[list[str], typer.Argument(help="Prompts to continue.")],
+    multiplier: Annotated[
+        list[float] | None,
+        typer.Option("--multiplier", "-x", help="Negative pushes toward safe; may be repeated."),
+    ] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option("--layer", "-l", help="Layers to steer; by default the one that detects best."),
+    ] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="Saved vectors; by default from the built-in prompts.")
+    ] = None,
+    operator: Annotated[OperatorName, typer.Option(help="add m * v, or ablate the direction.")] = (
+        OperatorName.add
+    ),
+    positions: Annotated[PositionsName, typer.Option(help="Which positions are steered.")] = (
+        PositionsName.all
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    template: TemplateOption = "auto",
+    model: ModelOption = None,
+    engine: EngineOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue prompts while the residual stream is pushed along a direction; unsteered beside steered.
+
+    Example: lens-safety steer "Tell me about my new neighbour." -x -4 -x 4
+    """
+    from .directions import ContentVectors
+    from .steer import generate, steering
+
+    saved = ContentVectors.load(vectors) if vectors is not None else None
+    if saved is not None and not layer:
+        raise OptionError("--vectors given without --layer: expected at least one --layer to steer")
+    loaded = _load(model, engine)
+    if saved is None or not layer:
+        direction, best = _default_direction(loaded)
+    else:
+        direction, best = saved, layer[0]
+    chosen = layer or [best]
+    rows: list[dict[str, Any]] = []
+    for factor in multiplier or [-2.0, 0.0, 2.0]:
+        with steering(
+            loaded,
+            direction,
+            layers=chosen,
+            multiplier=factor,
+            operator=operator.value,
+            positions=positions.value,
+        ) as record:
+            made = generate(
+                loaded,
+                texts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                template=template,
+                seed=seed,
+            )
+        dose = max(row[0] for row in record.dose)
+        rows += [
+            {"multiplier": factor, "dose": dose, "prompt": prompt, "text": text}
+            for prompt, text in zip(texts, made, strict=True)
+        ]
+    if as_json:
+        _print_json({"layers": chosen, "operator": operator.value, "texts": rows})
+        return
+    import pandas as pd
+
+    _print_table(pd.DataFrame(rows), list(rows[0]), f"{operator.value} at layer {chosen}")
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """The models that are known to work, and which of them are on this machine."""
+    import pandas as pd
+
+    from .models import known_models
+
+    rows = known_models()
+    if as_json:
+        _print_json({"models": rows})
+        return
+    _print_table(pd.DataFrame(rows), list(rows[0]), "Models")
+    _say("Any Llama, Qwen, Gemma or GPT-2 style folder, .gguf file or hub name goes as --model too.")
+
+
+@app.command()
+def doctor(model: ModelOption = None, engine: EngineOption = "auto", as_json: JsonOption = False) -> None:
+    """Check an installation and a model: batch invariance, hooks, steering identities."""
+    from .doctor import checkup
+
+    result = checkup(_load(model, engine))
+    if as_json:
+        _print_json({"passed": result.passed, "checks": _records(result.frame)})
+    else:
+        title = f"{result.model}, {result.engine}, TransformerLens {result.transformer_lens}, {result.dtype}"
+        _print_table(result.frame, list(result.frame), title)
+        _say("All checks passed." if result.passed else "Some checks failed: see the table.")
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def main() -> NoReturn:
+    """Run the command line. Anything a user can mend is one sentence on stderr and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except LensSafetyError as error:
+        err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; finished batches are kept, nothing was left half-written")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _load(model: str | None, engine: str) -> Any:
+    with err.status("loading the model (the first time takes half a minute)"):
+        from .models import load_model
+
+        return load_model(model, engine=engine)  # type: ignore[arg-type]
+
+
+def _extract(model: Any, prompts: str, position: str, template: str) -> Any:
+    from .prompts import load_prompts
+    from .residuals import residual_streams
+
+    return residual_streams(model, load_prompts(prompts), position=_position(position), template=template)
+
+
+def _built_in_cache(model: Any) -> Any:
+    """The built-in training prompts' residual streams, kept in the user's cache folder."""
+    from .models import cache_folder
+    from .prompts import load_prompts
+    from .residuals import residual_streams
+
+    return residual_streams(model, load_prompts("content"), store=cache_folder() / "residuals")
+
+
+def _default_detector(model: Any) -> Any:
+    from .detect import Detector
+
+    return Detector.fit(_built_in_cache(model))
+
+
+def _default_direction(model: Any) -> tuple[Any, int]:
+    """Content vectors of the built-in prompts, and the layer that detects best by cross-validation."""
+    from .detect import Detector
+    from .directions import content_vectors
+
+    cache = _built_in_cache(model)
+    return content_vectors(cache), Detector.fit(cache).layer
+
+
+def _position(given: str) -> Any:
+    from .tokens import named_position
+
+    return named_position(given)
+
+
+def _numbers(given: str) -> list[float]:
+    try:
+        return [float(part) for part in given.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--multipliers {given!r} given, expected numbers with commas between, such as -4,-2,0,2,4"
+        ) from None
+
+
+def _texts(texts: list[str] | None, file: Path | None) -> list[str]:
+    if bool(texts) == (file is not None):
+        raise OptionError("expected prompts as arguments, or --file F, or - for stdin, and one of them only")
+    if file is not None:
+        if file.suffix.lower() in (".jsonl", ".csv"):
+            from .prompts import load_prompts
+
+            return load_prompts(file).texts
+        return _lines(_read(file), str(file))
+    if texts == ["-"]:
+        return _lines(sys.stdin.read(), "stdin")
+    return list(texts or [])
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{file} cannot be read ({error}): expected a UTF-8 text file") from error
+
+
+def _lines(text: str, what: str) -> list[str]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise PromptError(f"{what} holds no prompts: expected one a line")
+    return lines
+
+
+def _records(frame: Any) -> list[dict[str, Any]]:
+    return json.loads(frame.to_json(orient="records", double_precision=10))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    """NaN and infinity have no place in JSON: they become null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_table(frame: Any, columns: list[str], title: str) -> None:
+    table = Table(title=_escape(title), title_justify="left", show_lines="text" in columns)
+    for name in columns:
+        right: Literal["left", "right"] = "right" if frame[name].dtype.kind in "fi" else "left"
+        table.add_column(name.replace("_", " "), justify=right, overflow="fold")
+    for _, row in frame.iterrows():
+        table.add_row(*(_cell(row, name) for name in columns))
+    out.print(table)
+
+
+def _cell(row: Any, name: str) -> str:
+    value = row[name]
+    if isinstance(value, float) and math.isnan(value):
+        return "—"
+    if isinstance(value, float) and f"{name}_low" in row:
+        return f"{value:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+    return f"{value:.3g}" if isinstance(value, float) else _escape(str(value))
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _say(text: str) -> None:
+    err.print(_escape(text), soft_wrap=True, highlight=False)

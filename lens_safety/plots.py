@@ -1,0 +1,376 @@
+"""One result in, one plotly figure out, in one house style. Nothing is shown; the figure is returned.
+
+Blue is safe, vermilion is dangerous, grey is a control or chance (Okabe and Ito's colour-blind safe
+palette).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+from plotly.subplots import make_subplots
+
+from .directions import ContentVectors
+from .evaluate import DetectionReport, DetectorComparison
+from .files import write_text
+from .separation import LayerTable
+from .separation import top_dimensions as top_dimensions_of
+from .sweep import CONTENT, RANDOM, SteeringSweep
+from .types import EMBED
+
+SAFE, DANGEROUS, CONTROL, ACCENT, SECOND = "#0072B2", "#D55E00", "#8A8F98", "#009E73", "#CC79A7"
+INK, FAINT, PAPER = "#1F2933", "#E4E7EB", "#FFFFFF"
+TEMPLATE = "lens_safety"
+_CONFIG = {"responsive": True, "displayModeBar": False}
+_AXIS = {
+    "gridcolor": FAINT,
+    "zeroline": False,
+    "title": {"font": {"size": 12}, "standoff": 8},
+    "tickfont": {"size": 12},
+}
+
+pio.templates[TEMPLATE] = go.layout.Template(
+    layout={
+        "font": {"family": "Inter, system-ui, Segoe UI, Helvetica, Arial, sans-serif", "size": 13},
+        "font_color": INK,
+        "title": {
+            "font": {"size": 16},
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"l": 12, "t": 12},
+        },
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
+        "colorway": [SAFE, DANGEROUS, ACCENT, SECOND, CONTROL],
+        "margin": {"l": 64, "r": 20, "b": 52},
+        "xaxis": _AXIS | {"ticks": "outside", "tickcolor": CONTROL, "tickangle": 0},
+        "yaxis": _AXIS | {"automargin": True},
+        "annotationdefaults": {"font": {"size": 12}},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1},
+        "hoverlabel": {"align": "left"},
+    }
+)
+
+
+def layer_curve(table: LayerTable) -> go.Figure:
+    """AUROC with its interval and the shuffled-label control, separation and magnitude, by layer."""
+    frame, best = table.frame, table.best_layer
+    figure = make_subplots(
+        rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.07, row_heights=[0.46, 0.27, 0.27]
+    )
+    x = frame["layer"]
+    band = {"x": [*x, *x[::-1]], "y": [*frame["auroc_high"], *frame["auroc_low"][::-1]]}
+    figure.add_scatter(
+        **band,
+        fill="toself",
+        fillcolor=_pale(DANGEROUS),
+        line_width=0,
+        name="95% interval",
+        hoverinfo="skip",
+    )
+    _line(figure, x, frame["auroc"], "AUROC", DANGEROUS, row=1)
+    _line(figure, x, frame["auroc_shuffled"], "shuffled labels, 97.5%", CONTROL, row=1, dash="dot")
+    _line(figure, x, frame["separation"], "separation", SAFE, row=2, legend=False)
+    _line(figure, x, frame["relative_magnitude"], "relative magnitude", ACCENT, row=3, legend=False)
+    figure.add_hline(0.5, row=1, col=1, line={"color": CONTROL, "width": 1}, annotation_text="chance")  # type: ignore[arg-type]
+    for row in (1, 2, 3):
+        figure.add_vline(best, row=row, col=1, line={"color": INK, "width": 1, "dash": "dash"})  # type: ignore[arg-type]
+    figure.update_yaxes(title_text="AUROC<br>(cross-validated)", row=1, col=1)
+    figure.update_yaxes(title_text="separation<br>1 − cos", row=2, col=1, rangemode="tozero")
+    figure.update_yaxes(title_text="magnitude<br>‖v‖ / ‖h‖", row=3, col=1, rangemode="tozero")
+    # Every fifth layer keeps the labels apart on a narrow page; the embedding is named.
+    last = int(x.to_numpy().max())
+    step = 5 if last > 12 else 1
+    ticks = [EMBED, *range(step, last - step // 2, step), last]
+    figure.update_xaxes(tickvals=ticks, ticktext=["embed" if t == EMBED else str(t) for t in ticks])
+    figure.update_xaxes(title_text="layer (resid_post)", row=3, col=1)
+    title = f"Where it is: best layer {best}"
+    note = f"{table.model} · {table.source} · n = {table.n_safe + table.n_dangerous}"
+    return _styled(figure, title, note, 620, above=40)
+
+
+def vector(vectors: ContentVectors, layer: int, *, k: int = 20) -> go.Figure:
+    """One layer's vector: every dimension, the distribution of its values, and the k largest."""
+    values = vectors.layer(layer).numpy()
+    top = top_dimensions_of(vectors, layer, min(k, len(values)))
+    figure = make_subplots(
+        rows=2,
+        cols=2,
+        specs=[[{"colspan": 2}, None], [{}, {}]],
+        row_heights=[0.42, 0.58],
+        vertical_spacing=0.17,
+        horizontal_spacing=0.16,
+        subplot_titles=(
+            f"all {len(values)} dimensions",
+            "distribution of the values",
+            f"top {len(top)}: {top['share'].sum():.0%} of ‖v‖²",
+        ),
+    )
+    every = go.Bar(x=np.arange(len(values)), y=values, width=1, marker_color=_signed(values))
+    figure.add_trace(every.update(marker_line_width=0), row=1, col=1)
+    figure.add_histogram(x=values, nbinsx=60, marker_color=CONTROL, row=2, col=1)
+    figure.add_trace(_top_bars(top), row=2, col=2)
+    figure.update_xaxes(title_text="dimension", row=1, col=1)
+    figure.update_yaxes(title_text="value (resid units)", row=1, col=1)
+    figure.update_xaxes(title_text="value (resid units)", row=2, col=1)
+    figure.update_yaxes(title_text="dimensions", row=2, col=1)
+    figure.update_xaxes(title_text="value (resid units)", row=2, col=2)
+    figure.update_yaxes(title_text="dimension", row=2, col=2, tickfont_size=10, type="category")
+    figure.update_annotations(font_size=13)
+    figure.update_layout(showlegend=False)
+    return _styled(
+        figure, f"The {vectors.method} vector at layer {layer}", _provenance(vectors), 720, above=30
+    )
+
+
+def top_dimensions(vectors: ContentVectors, layer: int, k: int = 20) -> go.Figure:
+    """The k dimensions in which a layer's vector is largest; positive = higher for dangerous prompts."""
+    top = top_dimensions_of(vectors, layer, k)
+    figure = go.Figure(_top_bars(top))
+    figure.update_xaxes(title_text="value (resid units); positive = higher for dangerous")
+    figure.update_yaxes(title_text="dimension", type="category", tickfont_size=11)
+    title = f"Top {k} dimensions at layer {layer}: {top['share'].sum():.0%} of ‖v‖²"
+    return _styled(figure, title, _provenance(vectors), max(320, 120 + 20 * k))
+
+
+def score_distribution(report: DetectionReport) -> go.Figure:
+    """Each prompt's score by type, safe and dangerous apart, with the threshold that was frozen before."""
+    kinds = list(dict.fromkeys(report.kinds))
+    of = np.array(report.kinds)
+    figure = go.Figure()
+    rng = np.random.default_rng(0)
+    for label, name, colour in ((False, "safe", SAFE), (True, "dangerous", DANGEROUS)):
+        chosen = report.labels == label
+        place = np.array([kinds.index(kind) for kind in of[chosen]], dtype=float)
+        offset = 0.19 if label else -0.19
+        figure.add_scatter(
+            x=report.scores[chosen],
+            y=place + offset + rng.uniform(-0.13, 0.13, size=len(place)),
+            mode="markers",
+            name=f"{name} (n = {int(chosen.sum())})",
+            marker={"color": colour, "size": 7, "opacity": 0.7},
+            hovertemplate="score %{x:.4f}",
+        )
+    figure.add_vline(report.threshold, line={"color": INK, "dash": "dash", "width": 1.5})
+    figure.add_annotation(
+        x=report.threshold, y=1, yref="paper", yanchor="bottom", showarrow=False, text="threshold"
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(kinds))),
+        ticktext=[kind.replace("_", " ") for kind in kinds],
+        autorange="reversed",
+        showgrid=False,
+    )
+    figure.update_xaxes(title_text="score (higher = more dangerous)")
+    figure.update_layout(legend={"y": 1.04})
+    auroc = report.auroc
+    title = f"Scores on {report.source}: AUROC {auroc.value:.2f} [{auroc.low:.2f}, {auroc.high:.2f}]"
+    return _styled(figure, title, f"{report.detector} · {report.model}", 170 + 74 * len(kinds), above=44)
+
+
+def comparison(result: DetectorComparison, *, measure: str = "accuracy") -> go.Figure:
+    """Several detectors on the same held-out sets, a panel a set, with 95% intervals and the chance line."""
+    frame = result.overall
+    sets = list(dict.fromkeys(frame["set"]))
+    detectors = list(dict.fromkeys(frame["detector"]))[::-1]
+    figure = make_subplots(
+        rows=1, cols=len(sets), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=sets
+    )
+    figure.update_annotations(font_size=13)
+    for column, name in enumerate(sets, start=1):
+        part = frame[frame["set"] == name].set_index("detector").reindex(detectors)
+        figure.add_scatter(
+            x=part[measure],
+            y=detectors,
+            mode="markers",
+            marker={"size": 10, "color": [_detector_colour(d) for d in detectors]},
+            error_x={
+                "type": "data",
+                "array": part[f"{measure}_high"] - part[measure],
+                "arrayminus": part[measure] - part[f"{measure}_low"],
+                "color": CONTROL,
+                "thickness": 1.5,
+            },
+            hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+            row=1,
+            col=column,
+        )
+        chance = 0.5 if measure == "auroc" else float(part["majority"].iloc[0])
+        figure.add_vline(chance, row=1, col=column, line={"color": CONTROL, "dash": "dot"})  # type: ignore[arg-type]
+        figure.update_xaxes(
+            title_text=f"{measure} (n = {int(part[['n_safe', 'n_dangerous']].iloc[0].sum())})",
+            range=[0, 1],
+            row=1,
+            col=column,
+        )
+    figure.update_layout(showlegend=False)
+    dotted = "chance" if measure == "auroc" else "always the commoner class"
+    note = f"{result.model} · 95% intervals · dotted: {dotted}"
+    return _styled(figure, "Tone against content vectors", note, 160 + 46 * len(detectors), above=30)
+
+
+def dose_response(sweep: SteeringSweep) -> go.Figure:
+    """Effect and cost of steering against the multiplier, and those of a random direction of that norm."""
+    summary = sweep.summary()
+    measures = [
+        ("score", "danger score<br>of the text"),
+        ("nll", "NLL<br>(nats a token)"),
+        ("repeated_4grams", "repeated<br>4-grams (share)"),
+    ]
+    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    for row, (name, label) in enumerate(measures, start=1):
+        for direction in (RANDOM, CONTENT):
+            figure.add_trace(_dose_curve(summary, direction, name, legend=row == 1), row=row, col=1)
+        figure.update_yaxes(title_text=label, row=row, col=1)
+    figure.update_xaxes(tickvals=sorted(set(summary["multiplier"])))
+    figure.update_xaxes(title_text="multiplier (× content vector; + toward dangerous)", row=3, col=1)
+    if np.isfinite(sweep.threshold):
+        figure.add_hline(
+            sweep.threshold,
+            row=1,  # type: ignore[arg-type]
+            col=1,  # type: ignore[arg-type]
+            line={"color": INK, "dash": "dash", "width": 1},
+            annotation={"text": "detector's threshold", "font_size": 11},
+            annotation_position="top left",
+        )
+    n = int(summary["n"].iloc[0])
+    note = f"{sweep.model} · layer {sweep.layer} · n = {n} prompts · means with 95% intervals"
+    return _styled(figure, "What steering does, and what it costs", note, 640, above=40)
+
+
+def tone_and_content(tone: ContentVectors, content: ContentVectors) -> go.Figure:
+    """cos(tone vector, content vector) at each layer, with what random directions of that width give."""
+    figure = go.Figure()
+    d_model = content.vectors.shape[1]
+    # The cosine of two random directions has standard deviation 1 / sqrt(d_model).
+    chance = 1.96 / np.sqrt(d_model)
+    figure.add_hrect(-chance, chance, fillcolor=FAINT, opacity=0.8, line_width=0)
+    layers = list(content.layers)
+    _line(figure, layers, content.cosine(tone), "cosine", SECOND, legend=False)
+    figure.update_xaxes(title_text="layer (resid_post)")
+    figure.update_yaxes(title_text="cos(tone, content)", range=[-1, 1])
+    note = f"{content.model.name} · grey: 95% of random directions of width {d_model}"
+    return _styled(figure, "Tone and content are not the same direction", note, 340)
+
+
+def save_html(figure: go.Figure, path: str | Path) -> Path:
+    """One HTML file that opens offline (plotly.js inlined)."""
+    return write_text(path, figure.to_html(include_plotlyjs=True, config=_CONFIG))
+
+
+def fragment(figure: go.Figure, name: str) -> str:
+    """The figure as an HTML element, for a page that has plotly.js already."""
+    return figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"figure-{name}",
+        config=_CONFIG,
+    )
+
+
+def plotly_js() -> str:
+    """The source of plotly.js, to be inlined once a page."""
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
+
+
+def _line(
+    figure: go.Figure,
+    x: Any,
+    y: Any,
+    name: str,
+    colour: str,
+    *,
+    row: int | None = None,
+    dash: str = "solid",
+    legend: bool = True,
+) -> None:
+    trace = go.Scatter(
+        x=x,
+        y=y,
+        name=name,
+        mode="lines",
+        line={"color": colour, "dash": dash, "width": 2},
+        showlegend=legend,
+        hovertemplate=f"layer %{{x}}: {name} %{{y:.3f}}<extra></extra>",
+    )
+    figure.add_trace(trace, row=row, col=None if row is None else 1)
+
+
+def _dose_curve(summary: pd.DataFrame, direction: str, name: str, *, legend: bool) -> go.Scatter:
+    part = summary.query("direction == @direction or multiplier == 0").sort_values("multiplier")
+    control = direction == RANDOM
+    return go.Scatter(
+        x=part["multiplier"],
+        y=part[name],
+        mode="lines+markers",
+        line={"color": CONTROL if control else DANGEROUS, "dash": "dot" if control else "solid"},
+        name="random direction" if control else "content vector",
+        showlegend=legend,
+        error_y={
+            "type": "data",
+            "array": part[f"{name}_high"] - part[name],
+            "arrayminus": part[name] - part[f"{name}_low"],
+            "thickness": 1,
+        },
+        customdata=part["dose"],
+        hovertemplate="multiplier %{x}, dose %{customdata:.2f}: %{y:.4f}",
+    )
+
+
+def _top_bars(top: pd.DataFrame) -> go.Bar:
+    ordered = top.iloc[::-1]
+    return go.Bar(
+        x=ordered["value"],
+        y=[str(d) for d in ordered["dimension"]],
+        orientation="h",
+        marker={"color": _signed(ordered["value"].to_numpy()), "line": {"width": 0}},
+        customdata=ordered["share"],
+        hovertemplate="dimension %{y}: %{x:.3f}, %{customdata:.1%} of ‖v‖²<extra></extra>",
+    )
+
+
+def _signed(values: np.ndarray) -> list[str]:
+    return [DANGEROUS if value > 0 else SAFE for value in values]
+
+
+def _detector_colour(name: str) -> str:
+    for word, colour in (("tone", SECOND), ("content", DANGEROUS)):
+        if name.startswith(word):
+            return colour
+    return CONTROL
+
+
+def _provenance(vectors: ContentVectors) -> str:
+    return (
+        f"{vectors.model.name} · {vectors.source} ({vectors.n_safe} safe, {vectors.n_dangerous} dangerous)"
+        f" · {vectors.position} · orange = higher for dangerous"
+    )
+
+
+def _pale(colour: str, opacity: float = 0.18) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
+def _styled(figure: go.Figure, title: str, note: str, height: int, *, above: int = 16) -> go.Figure:
+    """House style; `above` is the room in pixels for what stands between the title and the axes."""
+    lines = [""]
+    for part in note.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(longer) <= 62:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    small = "".join(f"<br><span style='font-size:12px;color:#52606D'>{line}</span>" for line in lines)
+    top = 44 + 17 * len(lines) + above
+    figure.update_layout(template=TEMPLATE, height=height, margin_t=top, title_text=f"<b>{title}</b>{small}")
+    return figure

@@ -1,0 +1,158 @@
+"""One self-contained HTML page from results: it opens offline and can be mailed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from . import plots
+from .detect import Detector
+from .directions import ContentVectors
+from .evaluate import DetectionReport, DetectorComparison
+from .files import write_text
+from .metrics import Estimate
+from .separation import LayerTable
+from .sweep import SteeringSweep
+
+
+def report(
+    path: str | Path,
+    *,
+    table: LayerTable,
+    content: ContentVectors,
+    tone: ContentVectors,
+    detector: Detector,
+    reports: Sequence[DetectionReport],
+    comparison: DetectorComparison,
+    steering: SteeringSweep,
+    settings: dict[str, Any],
+) -> Path:
+    """Write the page of a study: where, how well, tone against content, the vector, steering, the record."""
+    figures = {
+        "layers": plots.layer_curve(table),
+        "comparison": plots.comparison(comparison),
+        "tone": plots.tone_and_content(tone, content),
+        "vector": plots.vector(content, detector.layer),
+        "steering": plots.dose_response(steering),
+    } | {f"scores-{i}": plots.score_distribution(one) for i, one in enumerate(reports)}
+    page = _environment().get_template("report.html")
+    return write_text(
+        path,
+        page.render(
+            plotly_js=plots.plotly_js(),
+            figures={name: plots.fragment(figure, name) for name, figure in figures.items()},
+            summary=_summary(table, detector, reports, comparison, steering),
+            table=table,
+            best=table.frame.set_index("layer").loc[table.best_layer],
+            detector=detector,
+            reports=[(one, _by_type(one)) for one in reports],
+            comparison=_comparison_rows(comparison),
+            sets=list(dict.fromkeys(comparison.overall["set"])),
+            cosine=float(content.cosine(tone)[content.row(detector.layer)]),
+            steering=steering,
+            texts=_texts(steering),
+            settings=settings,
+        ),
+    )
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("lens_safety", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["interval"] = _interval
+    environment.filters["word"] = lambda text: str(text).replace("_", " ")
+    return environment
+
+
+def _interval(row: Any, name: str) -> str:
+    value = row[name]
+    if pd.isna(value):
+        return "—"
+    return f"{value:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+
+
+def _summary(
+    table: LayerTable,
+    detector: Detector,
+    reports: Sequence[DetectionReport],
+    comparison: DetectorComparison,
+    steering: SteeringSweep,
+) -> list[tuple[str, str]]:
+    best = table.frame.set_index("layer").loc[table.best_layer]
+    chosen = f"layer {detector.layer}, threshold {detector.threshold:.2g}"
+    lines = [
+        (
+            "Where",
+            f"The classes lie furthest apart at layer {table.best_layer}: cross-validated AUROC "
+            f"{Estimate(best['auroc'], best['auroc_low'], best['auroc_high'], 1)}; with shuffled labels "
+            f"97.5% stay under {best['auroc_shuffled']:.2f}.",
+        )
+    ]
+    for one in reports:
+        lines.append(
+            (
+                f"How well: {one.source}",
+                f"{detector.method} ({chosen}, both chosen on {detector.source}): accuracy "
+                f"{one.accuracy}, AUROC {one.auroc} on {one.n} held-out prompts.",
+            )
+        )
+    lines.append(("Tone or content", _tone_line(comparison)))
+    lines.append(("Steering", _steering_line(steering)))
+    return lines
+
+
+def _tone_line(comparison: DetectorComparison) -> str:
+    overall = comparison.overall
+    parts = []
+    for name in dict.fromkeys(overall["set"]):
+        rows = overall[overall["set"] == name].set_index("detector")
+        tone = [rows.loc[d, "auroc"] for d in rows.index if d.startswith("tone")]
+        content = [rows.loc[d, "auroc"] for d in rows.index if d.startswith("content")]
+        parts.append(f"{max(tone):.2f} against {max(content):.2f} on {name}")
+    return f"Best AUROC of tone vectors against content vectors: {'; '.join(parts)}."
+
+
+def _steering_line(steering: SteeringSweep) -> str:
+    rows = steering.summary()
+    pushed = rows.query("direction == @CONTENT and multiplier != 0").to_dict("records")
+    if not pushed:
+        return "No multiplier but 0 was given, so nothing was steered."
+    most = max(abs(row["multiplier"]) for row in pushed)
+    base = rows.query("multiplier == 0").iloc[0]
+    said = "; ".join(
+        f"at multiplier {r['multiplier']:g} (dose {r['dose']:.2f}) the text's danger score moves by "
+        f"{r['score_change']:+.4f} [{r['score_change_low']:+.4f}, {r['score_change_high']:+.4f}] "
+        f"and it costs {r['nll']:.2f} nats a token instead of {base['nll']:.2f}"
+        for r in pushed
+        if abs(r["multiplier"]) == most
+    )
+    return f"At layer {steering.layer}, {said}."
+
+
+def _by_type(report: DetectionReport) -> list[dict[str, Any]]:
+    return report.frame.to_dict("records")
+
+
+def _comparison_rows(comparison: DetectorComparison) -> list[tuple[str, list[dict[str, Any]]]]:
+    overall = comparison.overall
+    return [
+        (name, overall.query("detector == @name").to_dict("records"))
+        for name in dict.fromkeys(overall["detector"])
+    ]
+
+
+def _texts(steering: SteeringSweep) -> list[tuple[str, list[dict[str, Any]]]]:
+    """For each prompt the content-steered texts, from the most negative multiplier to the most positive."""
+    rows = steering.frame.query("direction == @CONTENT").sort_values("multiplier")
+    return [
+        (prompt, rows.query("prompt == @prompt").to_dict("records"))
+        for prompt in dict.fromkeys(steering.frame["prompt"])
+    ]

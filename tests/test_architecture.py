@@ -1,0 +1,174 @@
+"""The house rules that a reader relies on: imports go down, heavy dependencies have one door."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lens_safety as ls
+
+PACKAGE = Path(ls.__file__).parent
+LEVELS = {
+    **dict.fromkeys(["types"], 0),
+    **dict.fromkeys(["metrics", "files", "progress", "prompts"], 1),
+    **dict.fromkeys(["models"], 2),
+    **dict.fromkeys(["tokens"], 3),
+    **dict.fromkeys(["residuals"], 4),
+    **dict.fromkeys(["directions"], 5),
+    **dict.fromkeys(["separation", "detect", "steer", "attribute"], 6),
+    **dict.fromkeys(["evaluate", "sweep", "guard"], 7),
+    **dict.fromkeys(["plots", "report", "study", "doctor"], 8),
+    **dict.fromkeys(["cli", "dashboard"], 9),
+}
+BESIDE = {
+    "metrics": {"files", "progress"},
+    "prompts": {"files", "progress"},
+    "report": {"plots"},
+    "study": {"report", "plots"},
+}
+DOORS = {
+    "transformer_lens": {"models"},
+    "transformers": {"models"},
+    "plotly": {"plots"},
+    "circuitsvis": {"plots"},
+    "streamlit": {"dashboard"},
+    "analyses": set(),
+    "examples": set(),
+}
+INSIDE_FUNCTIONS_ONLY = {"transformer_lens", "transformers"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def rooms() -> list[tuple[str, ast.Module]]:
+    files = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+    return [(room_of(path), ast.parse(path.read_text(encoding="utf-8"))) for path in files]
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all imported modules, relative ones as `lens_safety.room`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module in (None, "lens_safety"):
+            yield from (f"lens_safety.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield f"lens_safety.{node.module}" if node.level else str(node.module)
+
+
+def own(tree: ast.AST) -> set[str]:
+    return {name.split(".")[1] for name in imports(tree) if name.startswith("lens_safety.")}
+
+
+def upward(room: str, tree: ast.AST) -> set[str]:
+    """What `room` imports that is no room below it; the door counts as above every room."""
+    level, beside = LEVELS[room], BESIDE.get(room, set())
+    return {other for other in own(tree) if LEVELS.get(other, 10) >= level and other not in beside}
+
+
+def wrong_doors(room: str, tree: ast.AST) -> set[str]:
+    return {
+        top
+        for top in (name.split(".")[0] for name in imports(tree))
+        if top in DOORS and room not in DOORS[top]
+    }
+
+
+def at_import(tree: ast.AST) -> set[str]:
+    """Top-level packages that are imported as soon as the module is."""
+    deferred = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    now = [node for node in ast.walk(tree) if id(node) not in deferred]
+    found = [imports(n) for n in now if isinstance(n, ast.Import | ast.ImportFrom)]
+    return {name.split(".")[0] for names in found for name in names}
+
+
+def test_every_file_of_the_package_has_a_level():
+    assert {room for room, _ in rooms()} <= set(LEVELS)
+
+
+@pytest.mark.parametrize(("room", "tree"), rooms(), ids=[room for room, _ in rooms()])
+def test_imports_go_down_only(room: str, tree: ast.Module):
+    assert upward(room, tree) == set()
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("types", "from .cli import main"),
+        ("models", "from . import tokens as tok"),
+        ("detect", "def f():\n    from lens_safety.steer import steering"),
+        ("files", "import lens_safety.prompts"),
+        ("plots", "from lens_safety import study"),
+        ("cli", "from lens_safety import Detector"),
+    ],
+)
+def test_an_upward_import_is_seen(room: str, line: str):
+    assert len(upward(room, ast.parse(line))) == 1
+
+
+def test_the_four_uses_of_a_direction_never_import_each_other():
+    uses = {"separation", "detect", "steer", "attribute"}
+    trees = [(room, tree) for room, tree in rooms() if room in uses]
+    assert len(trees) >= 3
+    for room, tree in trees:
+        assert own(tree) & (uses - {room}) == set()
+
+
+@pytest.mark.parametrize(("room", "tree"), rooms(), ids=[room for room, _ in rooms()])
+def test_heavy_dependencies_have_one_door(room: str, tree: ast.Module):
+    assert wrong_doors(room, tree) == set()
+    assert at_import(tree) & INSIDE_FUNCTIONS_ONLY == set()
+
+
+def test_a_second_door_is_seen():
+    assert wrong_doors("steer", ast.parse("def f():\n    import plotly.express as px")) == {"plotly"}
+    assert wrong_doors("cli", ast.parse("from analyses import layers")) == {"analyses"}
+    assert at_import(ast.parse("if True:\n    import transformers")) == {"transformers"}
+    assert at_import(ast.parse("def f():\n    import transformers")) == set()
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    heavy = ["transformer_lens", "transformers", "sklearn", "plotly", "scipy", "circuitsvis"]
+    heavy += ["torch", "pandas"]
+    script = f"import lens_safety, sys; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_everything_in_all_exists_and_is_explained():
+    assert len(ls.__all__) == len(set(ls.__all__))
+    for name in ls.__all__:
+        explained = getattr(ls, name).__doc__ or ""
+        assert explained.strip(), name
+        # A dataclass without a docstring is given its signature for one.
+        assert not explained.startswith(f"{name}("), name
+
+
+def test_everything_that_the_door_shows_is_in_all():
+    door = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    shown = {
+        alias.asname or alias.name
+        for node in ast.walk(door)
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+        for alias in node.names
+    }
+    assert shown == set(ls.__all__) == set(dir(ls))
+    with pytest.raises(AttributeError, match="has no attribute 'tensor_core'"):
+        _ = ls.tensor_core  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", sorted(set(LEVELS) & set(ls.__all__) - {"plots"}))
+def test_a_name_of_a_room_and_its_function_stays_the_function(name: str):
+    importlib.import_module(f"lens_safety.{name}")
+    assert callable(getattr(ls, name))
