@@ -8,7 +8,7 @@ import pandas as pd
 
 from .detect import Detector
 from .files import Result
-from .metrics import Estimate, accuracy, auroc, best_threshold, bootstrap, proportion
+from .metrics import Estimate, accuracy, best_threshold, bootstrap_auroc, proportion
 from .prompts import PromptSet
 from .residuals import ResidualCache
 from .types import Labels, PromptError, Scores
@@ -77,7 +77,7 @@ class DetectorComparison(Result):
     @property
     def overall(self) -> pd.DataFrame:
         """The rows of all types together."""
-        return self.frame.query("type == @OVERALL").reset_index(drop=True)
+        return self.frame.loc[self.frame["type"] == OVERALL].reset_index(drop=True)
 
     def to_frame(self) -> pd.DataFrame:
         return self.frame.copy()
@@ -208,7 +208,7 @@ def _row(
     n_dangerous, n = int(labels.sum()), len(labels)
     columns = {
         "accuracy": proportion(int((flagged == labels).sum()), n),
-        "auroc": bootstrap(auroc, scores, labels, groups, n_resamples=n_resamples, seed=seed),
+        "auroc": bootstrap_auroc(scores, labels, groups, n_resamples=n_resamples, seed=seed),
         "tpr": proportion(int(flagged[labels].sum()), n_dangerous),
         "fpr": proportion(int(flagged[~labels].sum()), n - n_dangerous),
     }

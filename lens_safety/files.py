@@ -73,7 +73,7 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header
     metadata = json.dumps({"kind": kind, "version": VERSION, **header}, ensure_ascii=False)
     with atomic_path(path) as temporary:
         save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
             temporary,
             metadata={_HEADER: metadata},
         )

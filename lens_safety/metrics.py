@@ -1,6 +1,5 @@
 """Pure functions on scores and labels. Label True = dangerous; a higher score = more dangerous."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,8 +89,7 @@ def proportion(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, float(interval.low), float(interval.high), int(n))
 
 
-def bootstrap(
-    statistic: Callable[[Scores, Labels], float],
+def bootstrap_auroc(
     scores: Scores,
     labels: Labels,
     groups: Int[np.ndarray, " prompt"],
@@ -99,19 +97,15 @@ def bootstrap(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """`statistic` with its 95% percentile interval, whole groups resampled with replacement.
+    """AUROC with its 95% percentile interval, whole groups resampled with replacement.
 
-    Resamples in which the statistic is undefined (one class only) are left out; the estimate is
-    `UNDEFINED` where the statistic itself is.
+    Resamples of one class only are left out; the estimate is `UNDEFINED` where the AUROC itself is.
     """
-    value = statistic(scores, labels)
+    value = auroc(scores, labels)
     if np.isnan(value):
         return UNDEFINED
-    draws = [
-        statistic(scores[rows], labels[rows])
-        for rows in group_resamples(groups, n_resamples=n_resamples, seed=seed)
-    ]
-    low, high = np.nanpercentile(np.asarray(draws), [2.5, 97.5])
+    weights = group_weights(groups, n_resamples=n_resamples, seed=seed)
+    low, high = np.nanpercentile(weighted_auroc(scores, labels, weights), [2.5, 97.5])
     return Estimate(value, float(low), float(high), len(scores))
 
 
@@ -126,16 +120,36 @@ def bootstrap_mean(values: Float[np.ndarray, " row"], *, n_resamples: int = 1000
     return Estimate(float(values.mean()), float(low), float(high), len(values))
 
 
-def group_resamples(
+def group_weights(
     groups: Int[np.ndarray, " prompt"], *, n_resamples: int, seed: int
-) -> list[Int[np.ndarray, " row"]]:
-    """Row numbers of `n_resamples` bootstrap samples that draw whole groups with replacement."""
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    rng = np.random.default_rng(seed)
-    return [
-        np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        for _ in range(n_resamples)
+) -> Float[np.ndarray, "resample prompt"]:
+    """How often each row stands in each bootstrap sample that draws whole groups with replacement."""
+    _, member = np.unique(groups, return_inverse=True)
+    n_groups = int(member.max()) + 1
+    drawn = np.random.default_rng(seed).integers(n_groups, size=(n_resamples, n_groups))
+    counts = np.zeros((n_resamples, n_groups))
+    np.add.at(counts, (np.arange(n_resamples)[:, None], drawn), 1)
+    return counts[:, member]
+
+
+def weighted_auroc(
+    scores: Scores, labels: Labels, weights: Float[np.ndarray, "resample prompt"]
+) -> Float[np.ndarray, " resample"]:
+    """AUROC of the rows counted as often as `weights` says, for each resample; NaN with one class.
+
+    sum_ij w_i w_j ([s_i > s_j] + [s_i = s_j] / 2) / (sum_i w_i sum_j w_j), i dangerous and j safe.
+    """
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    by_value = [
+        np.add.reduceat(np.where(of[order], weights[:, order], 0.0), starts, axis=1)
+        for of in (labels, ~labels)
     ]
+    dangerous, safe = by_value
+    below = safe.cumsum(axis=1) - safe / 2
+    pairs = dangerous.sum(axis=1) * safe.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((dangerous * below).sum(axis=1) / pairs)
 
 
 def auroc_by_layer(scores: Float[np.ndarray, "layer prompt"], labels: Labels) -> Float[np.ndarray, " layer"]:

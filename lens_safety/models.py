@@ -166,7 +166,10 @@ def load_model(
 
 
 def fingerprint(model: ResidualModel) -> ModelFingerprint:
-    """The model's `ModelFingerprint`; taken at load for models of `load_model`, else made now."""
+    """The model's `ModelFingerprint`; taken at load for models of `load_model`, else made now.
+
+    It is taken once: weights that are edited afterwards do not show in it.
+    """
     known = getattr(model, _FINGERPRINT, None)
     if known is not None:
         return known
@@ -393,6 +396,8 @@ def _source(name: str | Path | None) -> tuple[str, str]:
             )
         return str(_converted(gguf)), BUILT_IN_MODEL
     text = str(name)
+    if not text.strip():
+        raise ModelError("an empty model name given: expected a hub name, a folder or a .gguf file")
     path = Path(text).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return str(_converted(path)), path.stem
@@ -582,15 +587,17 @@ def _neutral_folder() -> Iterator[str]:
 
 
 def _check_against(hf_model: Any, model: Any) -> None:
-    """Raise `ModelError` unless the residual streams of eight tokens equal Hugging Face's."""
+    """Raise `ModelError` unless the residual streams and logits of eight tokens equal Hugging Face's."""
     tokens = _probe_tokens(model)
     with torch.no_grad():
-        expected = hf_model(tokens, output_hidden_states=True).hidden_states[:-1]
-    got = _residuals_at_last(model, tokens)[:-1]
-    want = torch.stack([hidden[0, -1].float().cpu() for hidden in expected])
-    error = float(((got - want).norm(dim=1) / want.norm(dim=1).clamp_min(1e-9)).max())
-    if not error < (1e-3 if hf_model.dtype == torch.float32 else 5e-2):
-        raise ModelError(f"its residual streams are {error:.1e} away from Hugging Face's")
+        out = hf_model(tokens, output_hidden_states=True)
+    # Hugging Face's last hidden state is after the final norm; the logits stand for the last block.
+    want = [hidden[0, -1] for hidden in out.hidden_states[:-1]] + [out.logits[0, -1]]
+    got = [*_residuals_at_last(model, tokens)[:-1], full_logits(model, tokens)[0, -1]]
+    for x, y in zip(got, want, strict=True):
+        error = float((x.cpu() - y.float().cpu()).norm() / y.float().norm().clamp_min(1e-9))
+        if not error < (1e-3 if hf_model.dtype == torch.float32 else 5e-2):
+            raise ModelError(f"its residual streams or logits are {error:.1e} away from Hugging Face's")
 
 
 def _bridge(hf_model: Any, tokenizer: Any, source: str) -> Any:

@@ -306,7 +306,8 @@ def _line(
 
 
 def _dose_curve(summary: pd.DataFrame, direction: str, name: str, *, legend: bool) -> go.Scatter:
-    part = summary.query("direction == @direction or multiplier == 0").sort_values("multiplier")
+    chosen = (summary["direction"] == direction) | (summary["multiplier"] == 0)
+    part = summary.loc[chosen].sort_values("multiplier")
     control = direction == RANDOM
     return go.Scatter(
         x=part["multiplier"],

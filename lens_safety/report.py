@@ -13,7 +13,7 @@ from .evaluate import DetectionReport, DetectorComparison
 from .files import write_text
 from .metrics import Estimate
 from .separation import LayerTable
-from .sweep import SteeringSweep
+from .sweep import CONTENT, SteeringSweep
 
 
 def report(
@@ -122,11 +122,11 @@ def _tone_line(comparison: DetectorComparison) -> str:
 
 def _steering_line(steering: SteeringSweep) -> str:
     rows = steering.summary()
-    pushed = rows.query("direction == @CONTENT and multiplier != 0").to_dict("records")
+    pushed = rows.loc[(rows["direction"] == CONTENT) & (rows["multiplier"] != 0)].to_dict("records")
     if not pushed:
         return "No multiplier but 0 was given, so nothing was steered."
     most = max(abs(row["multiplier"]) for row in pushed)
-    base = rows.query("multiplier == 0").iloc[0]
+    base = rows.loc[rows["multiplier"] == 0].iloc[0]
     said = "; ".join(
         f"at multiplier {r['multiplier']:g} (dose {r['dose']:.2f}) the text's danger score moves by "
         f"{r['score_change']:+.4f} [{r['score_change_low']:+.4f}, {r['score_change_high']:+.4f}] "
@@ -144,15 +144,15 @@ def _by_type(report: DetectionReport) -> list[dict[str, Any]]:
 def _comparison_rows(comparison: DetectorComparison) -> list[tuple[str, list[dict[str, Any]]]]:
     overall = comparison.overall
     return [
-        (name, overall.query("detector == @name").to_dict("records"))
+        (name, overall.loc[overall["detector"] == name].to_dict("records"))
         for name in dict.fromkeys(overall["detector"])
     ]
 
 
 def _texts(steering: SteeringSweep) -> list[tuple[str, list[dict[str, Any]]]]:
     """For each prompt the content-steered texts, from the most negative multiplier to the most positive."""
-    rows = steering.frame.query("direction == @CONTENT").sort_values("multiplier")
+    rows = steering.frame.loc[steering.frame["direction"] == CONTENT].sort_values("multiplier")
     return [
-        (prompt, rows.query("prompt == @prompt").to_dict("records"))
+        (prompt, rows.loc[rows["prompt"] == prompt].to_dict("records"))
         for prompt in dict.fromkeys(steering.frame["prompt"])
     ]

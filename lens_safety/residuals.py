@@ -164,14 +164,19 @@ def _run_into(
     try:
         _one_pass(made, model, batch, encoded, position)
         return
-    except (torch.OutOfMemoryError, MemoryError):
-        if len(batch) == 1:
+    except (RuntimeError, MemoryError) as error:
+        if len(batch) == 1 or not _is_out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     first, second = batch.halves()
     _run_into(made, model, first, encoded[: len(first)], position)
     _run_into(made, model, second, encoded[len(first) :], position)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it, the CPU's allocator only a message."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def _one_pass(
@@ -229,7 +234,9 @@ class _Shards:
             return
         if "callable" in like.position + like.template:
             raise FileError("store= needs a named position and template: a callable cannot be told apart")
-        what = [like.model.to_dict(), like.position, like.template, like.layers, cut_at]
+        # The probe's last digits depend on the threads, the weights' hash does not.
+        model = {**like.model.to_dict(), "probe": None}
+        what = [model, like.position, like.template, like.layers, cut_at]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         self._folder = Path(store) / key
 

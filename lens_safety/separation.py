@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .directions import ZERO_NORM, ContentVectors
 from .files import Result
-from .metrics import auroc_by_layer, cohens_d, group_resamples
+from .metrics import auroc_by_layer, cohens_d, group_weights, weighted_auroc
 from .residuals import ResidualCache
 from .types import EMBED, Labels, OptionError
 
@@ -40,7 +40,7 @@ class LayerTable(Result):
     @property
     def best_layer(self) -> int:
         """The layer with the highest cross-validated AUROC (the embedding left out; the first of equals)."""
-        blocks = self.frame.query("layer != @EMBED")
+        blocks = self.frame.loc[self.frame["layer"] != EMBED]
         return int(blocks["layer"].to_numpy()[blocks["auroc"].to_numpy().argmax()])
 
     def to_frame(self) -> pd.DataFrame:
@@ -77,11 +77,9 @@ def layer_table(
     held_out = cache.prompts.folds(folds, seed=seed)
     resid = torch.cat([cache.embed[None], cache.resid])
     scores = cross_validated_scores(resid, labels, held_out)
-    draws = [
-        auroc_by_layer(scores[:, rows], labels[rows])
-        for rows in group_resamples(groups, n_resamples=n_resamples, seed=seed)
-    ]
-    low, high = np.nanpercentile(np.array(draws), [2.5, 97.5], axis=0)
+    weights = group_weights(groups, n_resamples=n_resamples, seed=seed)
+    draws = np.array([weighted_auroc(row, labels, weights) for row in scores])
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=1)
     safe_mean, dangerous_mean = class_means(resid, labels)
     magnitude = (dangerous_mean - safe_mean).norm(dim=1)
     resid_norm = resid.norm(dim=2).median(dim=1).values

@@ -110,13 +110,9 @@ def test_logistic_scores_are_scikit_learns_with_the_strength_that_its_folds_pref
     x, labels = train.layer(1).double().numpy(), train.prompts.labels
     everyone = np.arange(len(labels))
     splits = [(np.setdiff1d(everyone, held), held) for held in train.prompts.folds(5, seed=0)]
-    models = [
-        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)) for c in LOGISTIC_C
-    ]
+    models = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)) for c in LOGISTIC_C]
     aurocs = [
-        roc_auc_score(
-            labels, cross_val_predict(m, x, labels, cv=splits, method="decision_function")
-        )
+        roc_auc_score(labels, cross_val_predict(m, x, labels, cv=splits, method="decision_function"))
         for m in models
     ]
     best = models[int(np.argmax(aurocs))].fit(x, labels)
@@ -414,9 +410,7 @@ def test_another_model_is_refused_and_the_own_one_is_not(tiny, engine, tmp_path)
 
 def test_a_detector_of_one_engine_scores_alike_on_the_other(tiny_folders: dict[str, Path]):
     require_engine("hooked")
-    hooked, bridge = (
-        ls.load_model(tiny_folders["llama"], engine=engine) for engine in ("hooked", "bridge")
-    )
+    hooked, bridge = (ls.load_model(tiny_folders["llama"], engine=engine) for engine in ("hooked", "bridge"))
     detector = tiny_detector(hooked)
     expected = detector.score(list(TEXTS), model=hooked)
     assert detector.score(list(TEXTS), model=bridge) == pytest.approx(expected, abs=1e-4)

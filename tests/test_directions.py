@@ -35,8 +35,7 @@ def test_a_planted_direction_is_not_found_from_shuffled_labels():
     assert float(ls.content_vectors(cache).unit[1] @ direction) > 0.98
     rng = np.random.default_rng(0)
     shuffled = [
-        ls.content_vectors(relabelled(cache, rng.permutation(cache.prompts.labels)))
-        for _ in range(20)
+        ls.content_vectors(relabelled(cache, rng.permutation(cache.prompts.labels))) for _ in range(20)
     ]
     assert np.mean([abs(float(vectors.unit[1] @ direction)) for vectors in shuffled]) < 0.4
     assert max(float(vectors.norms[1]) for vectors in shuffled) < 0.3

@@ -112,9 +112,7 @@ def test_the_auroc_interval_is_wider_where_prompts_are_copies_in_groups():
 
 def test_a_report_repeats_by_seed_and_its_auroc_interval_differs_between_seeds():
     detector, test = fitted(), planted_cache(40, seed=1, shift=1.0)[0]
-    first, same, other = (
-        ls.evaluate(detector, test, n_resamples=100, seed=seed) for seed in (0, 0, 1)
-    )
+    first, same, other = (ls.evaluate(detector, test, n_resamples=100, seed=seed) for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(first.frame, same.frame)
     assert (first.auroc.low, first.auroc.high) != (other.auroc.low, other.auroc.high)
     assert first.auroc.value == other.auroc.value
@@ -148,9 +146,7 @@ def test_permuting_the_test_prompts_permutes_the_scores_and_nothing_else():
     assert permuted.scores == pytest.approx(report.scores[order], abs=1e-12)
     assert np.array_equal(permuted.labels, report.labels[order])
     drawn = ["auroc_low", "auroc_high"]
-    pd.testing.assert_frame_equal(
-        permuted.frame.drop(columns=drawn), report.frame.drop(columns=drawn)
-    )
+    pd.testing.assert_frame_equal(permuted.frame.drop(columns=drawn), report.frame.drop(columns=drawn))
 
 
 def test_the_training_prompts_themselves_are_refused():

@@ -12,11 +12,12 @@ from lens_safety.metrics import (
     auroc,
     auroc_by_layer,
     best_threshold,
-    bootstrap,
+    bootstrap_auroc,
     bootstrap_mean,
     cohens_d,
-    group_resamples,
+    group_weights,
     proportion,
+    weighted_auroc,
 )
 from lens_safety.types import OptionError
 
@@ -153,7 +154,7 @@ def test_proportion_of_nothing_is_not_defined():
 
 def test_bootstrap_interval_holds_the_estimate():
     scores, labels = tied(3, n=60)
-    got = bootstrap(auroc, scores, labels, np.arange(60), n_resamples=200)
+    got = bootstrap_auroc(scores, labels, np.arange(60), n_resamples=200)
     assert got.low < got.value < got.high
     assert (got.value, got.n) == (auroc(scores, labels), 60)
 
@@ -161,30 +162,46 @@ def test_bootstrap_interval_holds_the_estimate():
 def test_doubling_rows_inside_their_groups_leaves_the_interval_as_it_was():
     scores, labels = tied(4, n=40)
     groups = np.arange(40)
-    once = bootstrap(auroc, scores, labels, groups, n_resamples=200)
+    once = bootstrap_auroc(scores, labels, groups, n_resamples=200)
     rows = np.repeat(groups, 2)
-    twice = bootstrap(auroc, scores[rows], labels[rows], groups[rows], n_resamples=200)
+    twice = bootstrap_auroc(scores[rows], labels[rows], groups[rows], n_resamples=200)
     assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
     # The negative: the same rows taken for independent ones look surer than they are.
-    singly = bootstrap(auroc, scores[rows], labels[rows], np.arange(80), n_resamples=200)
+    singly = bootstrap_auroc(scores[rows], labels[rows], np.arange(80), n_resamples=200)
     assert singly.high - singly.low < 0.9 * (once.high - once.low)
 
 
 def test_every_resample_holds_whole_groups():
     groups = np.array([0, 1, 1, 2, 2, 2, 7])
-    sizes = set()
-    for rows in group_resamples(groups, n_resamples=50, seed=0):
-        drawn = {g: np.bincount(rows, minlength=7)[groups == g] for g in np.unique(groups)}
-        assert all(len(set(counts)) == 1 for counts in drawn.values())
-        assert sum(int(counts[0]) for counts in drawn.values()) == 4
-        sizes.add(len(rows))
-    assert len(sizes) > 1
+    weights = group_weights(groups, n_resamples=50, seed=0)
+    firsts = [0, 1, 3, 6]
+    assert (weights == weights[:, firsts][:, [0, 1, 1, 2, 2, 2, 3]]).all()
+    assert (weights[:, firsts].sum(axis=1) == 4).all()
+    assert len(set(weights.sum(axis=1))) > 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weighted_auroc_is_that_of_the_rows_repeated(seed: int):
+    scores, labels = tied(seed)
+    scores = np.round(scores, 0)
+    weights = np.random.default_rng(seed).integers(0, 4, (9, len(scores))).astype(float)
+    repeated = [np.repeat(np.arange(len(scores)), row.astype(int)) for row in weights]
+    expected = [auroc(scores[rows], labels[rows]) for rows in repeated]
+    np.testing.assert_allclose(weighted_auroc(scores, labels, weights), expected)
+
+
+def test_weighted_auroc_of_one_class_is_not_defined():
+    labels = np.array([True, False, False])
+    weights = np.array([[0.0, 1.0, 2.0], [1.0, 1.0, 0.0]])
+    got = weighted_auroc(np.arange(3.0), labels, weights)
+    assert np.isnan(got[0])
+    assert got[1] == 0
 
 
 def test_bootstrap_repeats_with_its_seed_and_varies_without():
     scores, labels = tied(5)
     first, again, other = (
-        bootstrap(cohens_d, scores, labels, np.arange(31), n_resamples=50, seed=seed) for seed in (0, 0, 1)
+        bootstrap_auroc(scores, labels, np.arange(31), n_resamples=50, seed=seed) for seed in (0, 0, 1)
     )
     assert first == again
     assert first != other
@@ -192,8 +209,8 @@ def test_bootstrap_repeats_with_its_seed_and_varies_without():
 
 def test_bootstrap_of_one_class_is_not_defined_and_resamples_of_one_class_do_not_spoil_it():
     scores, groups = np.array([0.0, 1.0, 2.0]), np.arange(3)
-    assert bootstrap(auroc, scores, np.ones(3, dtype=bool), groups) is UNDEFINED
-    got = bootstrap(auroc, scores, np.array([False, False, True]), groups, n_resamples=50)
+    assert bootstrap_auroc(scores, np.ones(3, dtype=bool), groups) is UNDEFINED
+    got = bootstrap_auroc(scores, np.array([False, False, True]), groups, n_resamples=50)
     assert (got.low, got.value, got.high) == (1, 1, 1)
 
 

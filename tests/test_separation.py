@@ -124,6 +124,23 @@ def test_copies_of_a_prompt_in_one_group_do_not_lift_noise_above_chance():
     assert leaky.mean() > 0.8
 
 
+def test_copies_of_a_prompt_in_one_group_do_not_narrow_the_interval():
+    cache, _ = planted_cache(40, shift=2.0)
+    once = cache_of(cache.resid, cache.prompts.labels)
+    copies, labels = cache.resid.repeat_interleave(6, dim=1), np.repeat(cache.prompts.labels, 6)
+    groups = [f"copies of {i // 6}" for i in range(240)]
+    widths = [
+        row["auroc_high"] - row["auroc_low"]
+        for row in (
+            row_of(table_of(once), 1),
+            row_of(table_of(cache_of(copies, labels, groups=groups)), 1),
+            row_of(table_of(cache_of(copies, labels)), 1),
+        )
+    ]
+    assert widths[1] > 0.7 * widths[0]
+    assert widths[2] < 0.6 * widths[0]
+
+
 def test_a_table_repeats_by_seed_and_differs_between_seeds():
     cache, _ = planted_cache(40, shift=1.0)
     first = table_of(cache, seed=3).frame

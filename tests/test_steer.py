@@ -22,9 +22,7 @@ ROWS = [-2.0, 0.0, 1.5, 3.0, 0.5]
 
 
 def vectors_of(model) -> ls.ContentVectors:
-    return ls.content_vectors(
-        ls.residual_streams(model, labelled(), template="raw", progress=False)
-    )
+    return ls.content_vectors(ls.residual_streams(model, labelled(), template="raw", progress=False))
 
 
 @contextmanager
@@ -292,9 +290,7 @@ def test_layers_vectors_and_multipliers_that_cannot_be_used_are_refused(tiny):
     assert same(streams(tiny), base)
 
 
-def test_half_precision_stays_half_precision_and_is_steered_by_the_rounded_vector(
-    engine, tiny_folders
-):
+def test_half_precision_stays_half_precision_and_is_steered_by_the_rounded_vector(engine, tiny_folders):
     model = ls.load_model(tiny_folders["llama"], engine=engine, dtype=torch.bfloat16)
     vectors = vectors_of(model)
     base, _ = streams(model)
@@ -320,9 +316,7 @@ def test_a_vector_that_is_zero_or_nan_at_another_layer_does_no_harm(tiny):
 
 def test_unknown_operators_and_positions_are_refused_by_name(tiny):
     unchecked, vectors = inspect.unwrap(ls.steering), vectors_of(tiny)
-    with pytest.raises(
-        ls.OptionError, match="unknown operator 'erase': expected one of add, ablate"
-    ):
+    with pytest.raises(ls.OptionError, match="unknown operator 'erase': expected one of add, ablate"):
         next(unchecked(tiny, vectors, layers=[1], operator="erase"))
     with pytest.raises(ls.OptionError, match="unknown positions 'prompt': expected one of all"):
         next(unchecked(tiny, vectors, layers=[1], positions="prompt"))
@@ -411,9 +405,7 @@ def test_greedy_text_is_that_of_the_whole_sequence_without_a_cache(
     assert len(set(made)) > 1
 
 
-def test_the_built_in_models_greedy_text_is_that_of_the_whole_sequence_without_a_cache(
-    smol, endless
-):
+def test_the_built_in_models_greedy_text_is_that_of_the_whole_sequence_without_a_cache(smol, endless):
     texts = ["The hotel we stayed in was", "My"]
     expected = [decoded(smol, greedy_ids(smol, text, 12, "raw")) for text in texts]
     assert ls.generate(smol, texts, max_new_tokens=12, template="raw") == expected
@@ -532,9 +524,7 @@ def test_no_prompts_an_empty_prompt_and_a_lone_string_are_refused(tiny):
             ls.generate(tiny, prompts)
 
 
-def test_a_prompt_may_fill_the_context_with_its_text_to_the_last_token_and_no_further(
-    tiny, endless
-):
+def test_a_prompt_may_fill_the_context_with_its_text_to_the_last_token_and_no_further(tiny, endless):
     room = tiny.cfg.n_ctx - len(tok.encode(tiny, [TEXTS[0]])[0])
     with listening(tiny, 0) as heard:
         ls.generate(tiny, [TEXTS[0]], max_new_tokens=room)

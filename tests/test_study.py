@@ -1,0 +1,250 @@
+import re
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import lens_safety as ls
+from lens_safety.prompts import Prompt, PromptSet
+
+WORDS = ("cake", "kite", "garden", "make", "how", "do", "for", "a", "the", "or")
+
+
+def short_prompts(n: int, name: str, *, start: int = 0, label: bool | None = True) -> PromptSet:
+    """n short texts, every second dangerous (or none labelled)."""
+    rng = np.random.default_rng(start)
+    made = []
+    for i in range(start, start + n):
+        text = f"{i} " + " ".join(rng.choice(WORDS, size=3 + i % 4))
+        kind = "standard" if i % 4 < 2 else "idiom"
+        made.append(Prompt(text, None if label is None else i % 2 == 1, kind=kind, small=i % 3 == 0))
+    return PromptSet(tuple(made), name)
+
+
+def personas() -> PromptSet:
+    texts = ("do make a cake", "do make a kite", "how for the cake", "how for the kite")
+    return PromptSet(
+        tuple(Prompt(t, i % 2 == 1, group=f"pair {i // 2}") for i, t in enumerate(texts)), "personas"
+    )
+
+
+def small_study(model, **options):
+    return ls.study(
+        model,
+        train=short_prompts(36, "train <b>set</b>"),
+        tests=[short_prompts(12, "held out", start=100)],
+        personas=personas(),
+        neutral=short_prompts(2, "neutral", start=200, label=None),
+        multipliers=(-1.0, 2.0),
+        max_new_tokens=4,
+        progress=False,
+        **options,
+    )
+
+
+class Page(HTMLParser):
+    """The addresses that a page would fetch, and the ids of its figures."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.fetched: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        if tag in ("script", "img", "link", "iframe"):
+            self.fetched += [value for key in ("src", "href") if (value := named.get(key))]
+        if (identity := named.get("id") or "").startswith("figure-"):
+            self.ids.add(identity)
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    made = small_study(tiny)
+    return made, made.save(tmp_path), tmp_path
+
+
+def test_the_study_writes_every_file_and_they_load(saved):
+    made, files, folder = saved
+    assert set(files) == {
+        "report.html",
+        "layers.csv",
+        "detection.csv",
+        "steering.csv",
+        "vectors.safetensors",
+        "tone_vectors.safetensors",
+        "detector.safetensors",
+        "study.json",
+    }
+    assert {path.name for path in folder.iterdir()} == set(files)
+    assert ls.Detector.load(files["detector.safetensors"]).threshold == made.detector.threshold
+    assert ls.ContentVectors.load(files["vectors.safetensors"]).n_dangerous == 18
+    assert len(pd.read_csv(files["layers.csv"])) == 4
+    detection = pd.read_csv(files["detection.csv"])
+    assert set(detection["type"]) == {"all", "standard", "idiom"}
+    assert set(detection["detector"]) == {
+        "tone, 1 pair, threshold 0",
+        "tone, 2 pairs",
+        "content, 12 prompts",
+        "content, 36 prompts",
+        "logistic, 36 prompts",
+        "TF-IDF, no model",
+    }
+
+
+def test_the_study_gives_what_its_parts_give(saved):
+    made, _, _ = saved
+    report = made.reports[0]
+    rows = made.comparison.frame.query("detector == 'content, 36 prompts'")
+    pd.testing.assert_frame_equal(rows.drop(columns=["detector", "set"]).reset_index(drop=True), report.frame)
+    assert made.steering.layer == made.detector.layer
+    assert made.settings["threshold"] == made.detector.threshold
+
+
+def test_a_study_again_gives_the_same_tables(tiny, saved, tmp_path):
+    again = small_study(tiny).save(tmp_path / "again")
+    for name in ("layers.csv", "detection.csv", "steering.csv"):
+        assert again[name].read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_test_labels_reach_no_choice(tiny, saved):
+    made = saved[0]
+    shuffled = short_prompts(12, "held out", start=100)
+    shuffled = PromptSet(tuple(Prompt(p.text, not p.label, kind=p.kind) for p in shuffled), "held out")
+    other = ls.study(
+        tiny,
+        train=short_prompts(36, "train <b>set</b>"),
+        tests=[shuffled],
+        personas=personas(),
+        neutral=short_prompts(2, "neutral", start=200, label=None),
+        multipliers=(-1.0, 2.0),
+        max_new_tokens=4,
+        progress=False,
+    )
+    assert other.detector.layer == made.detector.layer
+    assert other.detector.threshold == made.detector.threshold
+    np.testing.assert_array_equal(other.reports[0].scores, made.reports[0].scores)
+    assert other.reports[0].accuracy.value == pytest.approx(1 - made.reports[0].accuracy.value)
+
+
+def test_a_text_in_both_training_and_test_is_refused(tiny):
+    train = short_prompts(36, "train")
+    with pytest.raises(ls.PromptError, match="1 texts of overlap stand in the training set"):
+        ls.study(tiny, train=train, tests=[PromptSet(train.prompts[:1], "overlap")], progress=False)
+
+
+def test_the_page_is_whole_escaped_and_fetches_nothing(saved):
+    page = saved[1]["report.html"].read_text()
+    parsed = Page(page)
+    assert parsed.fetched == ["data:,"]
+    figures = {"layers", "comparison", "tone", "vector", "steering", "scores-0"}
+    assert parsed.ids == {f"figure-{name}" for name in figures}
+    assert "train &lt;b&gt;set&lt;/b&gt;" in page
+    assert "<b>set</b>" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    for section in ("where", "how-well", "tone", "vector", "steering", "record"):
+        assert f'id="{section}"' in page
+
+
+def test_a_study_without_a_multiplier_but_0_still_has_a_page(tiny, tmp_path):
+    made = small_study(tiny)
+    steering = ls.SteeringSweep(
+        made.steering.frame.query("multiplier == 0").reset_index(drop=True), 1, "all", 0.0, 4, 0, "tiny"
+    )
+    path = ls.report(
+        tmp_path / "r.html",
+        table=made.table,
+        content=made.content,
+        tone=made.tone,
+        detector=made.detector,
+        reports=made.reports,
+        comparison=made.comparison,
+        steering=steering,
+        settings=made.settings,
+    )
+    assert "nothing was steered" in path.read_text()
+
+
+def chromium() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        found = subprocess.run(["which", name], capture_output=True, text=True, check=False).stdout.strip()
+        if found:
+            return found
+    pytest.skip("needs a Chromium on the PATH")
+
+
+def in_browser(page: Path, profile: Path) -> tuple[str, str]:
+    """The page's DOM after its scripts ran without a network, and what the console said."""
+    run = subprocess.run(
+        [
+            chromium(),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--no-first-run",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={profile}",
+            "--enable-logging=stderr",
+            "--v=0",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return run.stdout, "\n".join(line for line in run.stderr.splitlines() if "CONSOLE" in line)
+
+
+def test_a_browser_without_a_network_draws_every_figure(saved, tmp_path):
+    dom, console = in_browser(saved[1]["report.html"], tmp_path / "profile")
+    figures = Page(dom).ids
+    assert len(figures) == 6
+    # Each drawn figure has plotly's drawing inside its element.
+    assert dom.count('class="main-svg"') >= len(figures)
+    assert console == ""
+
+
+def test_the_browser_test_sees_a_broken_page(tmp_path):
+    page = tmp_path / "broken.html"
+    page.write_text("<script>noSuchFunction()</script>")
+    assert "noSuchFunction" in in_browser(page, tmp_path / "profile")[1]
+
+
+def test_an_interrupted_study_leaves_whole_files_and_resumes(tiny, tmp_path, monkeypatch):
+    from lens_safety import study as door
+    from lens_safety.study import Study
+
+    assert callable(door)
+    made = small_study(tiny, store=tmp_path / "residuals")
+    made.save(tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lens_safety.plots.plotly_js", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Study.save(made, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_content_vectors_find_danger_on_held_out_prompts_and_tone_vectors_less(smol):
+    """On validation content vectors beat chance by far, and no tone vector is ahead of them."""
+    content = ls.residual_streams(smol, ls.load_prompts("content"), progress=False)
+    validation = ls.residual_streams(smol, ls.load_prompts("validation"), progress=False)
+    tone = ls.tone_vectors(smol, progress=False)
+    by_content = ls.evaluate(ls.Detector.fit(content), validation)
+    by_tone = ls.evaluate(ls.Detector.fit(content, vectors=tone), validation)
+    assert by_content.auroc.low > 0.6
+    assert by_content.auroc.value > by_tone.auroc.value
