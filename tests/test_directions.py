@@ -188,8 +188,15 @@ def test_a_missing_damaged_or_foreign_file_is_refused(tmp_path):
     (tmp_path / "text").write_text("not tensors")
     save_file({"vectors": torch.zeros(3, 16)}, tmp_path / "bare")
     cache.save(tmp_path / "cache")
-    for name in ("absent", "half", "text", "bare", "cache"):
-        with pytest.raises(ls.FileError, match=name):
+    says = {
+        "absent": "no file",
+        "half": "is damaged",
+        "text": "is damaged",
+        "bare": "holds something else, expected ContentVectors",
+        "cache": "holds ResidualCache, expected ContentVectors",
+    }
+    for name, reason in says.items():
+        with pytest.raises(ls.FileError, match=reason):
             ls.ContentVectors.load(tmp_path / name)
 
 

@@ -179,9 +179,11 @@ def test_the_oracle_worked_by_hand():
     resid = torch.tensor([[[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.1, 2.0]]])
     detector = ls.Detector.fit(cache_of(resid, [False, False, True, True]), layer=0, folds=2)
     ordered = torch.tensor([[[0.0, 1.0], [0.5, 1.0], [1.0, 1.0], [1.0, 0.5], [1.0, 0.0]]])
-    # From the most dangerous to the safest: flag the first two and one of five is wrong.
-    oracle = ls.oracle_accuracy(detector, cache_of(ordered, [True, True, False, True, False]))
+    # From the most dangerous to the safest: flag the first four and one of five is wrong.
+    test = cache_of(ordered, [True, False, True, True, False])
+    oracle = ls.oracle_accuracy(detector, test)
     assert (oracle.value, oracle.n) == (pytest.approx(4 / 5), 5)
+    assert ls.evaluate(detector, test, n_resamples=20).accuracy.value < 4 / 5
 
 
 def test_words_alone_separate_texts_that_name_what_they_are_about():

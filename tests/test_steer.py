@@ -72,6 +72,16 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steer, "end_of_text_ids", lambda tokenizer: [])
 
 
+@pytest.fixture
+def spelt(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are token numbers, because most of a random model's tokens decode to the same sign."""
+
+    def spell(ids, **options) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+    monkeypatch.setattr(tiny.tokenizer, "decode", spell)
+
+
 def test_add_gives_the_residual_plus_multiplier_times_vector_bit_for_bit(tiny):
     vectors = vectors_of(tiny)
     base, base_logits = streams(tiny)
@@ -392,17 +402,37 @@ def test_the_prompts_mark_is_gone_after_generate_even_after_an_error_inside_it(t
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
-def test_greedy_text_is_that_of_the_whole_sequence_without_a_cache(
-    architecture, batch_size, engine, tiny_folders, tiny_models, endless
+def test_each_steps_logits_are_those_of_the_whole_sequence_without_cache_or_padding(
+    architecture, batch_size, engine, tiny_folders, tiny_models, endless, monkeypatch
 ):
     key = ("steer", architecture, engine)
     if key not in tiny_models:
         tiny_models[key] = ls.load_model(tiny_folders[architecture], engine=engine)
-    model, texts = tiny_models[key], list(TEXTS[:3])
-    expected = [decoded(model, greedy_ids(model, text, 12)) for text in texts]
-    made = ls.generate(model, texts, max_new_tokens=12, batch_size=batch_size)
-    assert made == expected
-    assert len(set(made)) > 1
+    model, texts, n = tiny_models[key], list(TEXTS[:3]), 12
+    chosen = torch.randint(4, 300, (n,), generator=torch.Generator().manual_seed(1))
+    heard: list[Tensor] = []
+
+    def choose(logits: Tensor, *options) -> Tensor:
+        heard.append(logits)
+        return chosen[(len(heard) - 1) % n].expand(len(logits))
+
+    monkeypatch.setattr(steer, "_choose", choose)
+    ls.generate(model, texts, max_new_tokens=n, batch_size=batch_size)
+    made = torch.cat([torch.stack(heard[i : i + n]) for i in range(0, len(heard), n)], dim=1)
+    for row, one in enumerate(tok.encode(model, texts)):
+        ids = torch.cat([torch.from_numpy(one.ids), chosen])[None]
+        expected = full_logits(model, ids)[0, len(one) - 1 : -1]
+        assert torch.allclose(made[:, row], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_greedy_text_is_that_of_the_whole_sequence_without_a_cache(
+    tiny, spelt, endless, batch_size: int | None
+):
+    texts = list(TEXTS)
+    expected = [decoded(tiny, greedy_ids(tiny, text, 12)) for text in texts]
+    assert ls.generate(tiny, texts, max_new_tokens=12, batch_size=batch_size) == expected
+    assert len(set(expected)) == len(texts)
 
 
 def test_the_built_in_models_greedy_text_is_that_of_the_whole_sequence_without_a_cache(smol, endless):
@@ -412,22 +442,28 @@ def test_the_built_in_models_greedy_text_is_that_of_the_whole_sequence_without_a
     assert all(len(text.split()) > 5 for text in expected)
 
 
-def test_the_order_of_prompts_is_the_order_of_texts(tiny, endless):
+def test_the_order_of_prompts_is_the_order_of_texts(tiny, spelt, endless):
     texts = ls.generate(tiny, list(TEXTS), max_new_tokens=6, batch_size=2)
     backwards = ls.generate(tiny, list(TEXTS[::-1]), max_new_tokens=6, batch_size=2)
     assert backwards == texts[::-1]
     assert len(set(texts)) == len(TEXTS)
 
 
-def test_a_row_ends_at_its_end_token_and_the_others_go_on(tiny, monkeypatch):
-    texts = list(TEXTS[:3])
-    ids = [greedy_ids(tiny, text, 10) for text in texts]
-    ends = next(i for i in ids[0][1:] if i not in ids[1] and i != ids[0][0])
-    monkeypatch.setattr(steer, "end_of_text_ids", lambda tokenizer: [ends])
-    made = ls.generate(tiny, texts, max_new_tokens=10)
-    cut = [row[: row.index(ends)] if ends in row else row for row in ids]
-    assert made == [decoded(tiny, row) for row in cut]
-    assert 0 < len(cut[0]) < len(cut[1]) == 10
+def test_a_row_ends_at_its_end_token_and_the_others_go_on(tiny, spelt, monkeypatch):
+    ids = {text: greedy_ids(tiny, text, 10) for text in TEXTS}
+    # A token that one row makes early but not at once, and another row never makes.
+    short, long, end = next(
+        (a, b, token)
+        for a in TEXTS
+        for b in TEXTS
+        for token in ids[a][1:4]
+        if token != ids[a][0] and token not in ids[b]
+    )
+    monkeypatch.setattr(steer, "end_of_text_ids", lambda tokenizer: [end])
+    made = ls.generate(tiny, [short, long], max_new_tokens=10)
+    cut = ids[short][: ids[short].index(end)]
+    assert made == [decoded(tiny, cut), decoded(tiny, ids[long])]
+    assert 1 <= len(cut) <= 3
 
 
 def test_decoding_stops_when_every_row_has_ended(tiny, monkeypatch):
@@ -438,8 +474,14 @@ def test_decoding_stops_when_every_row_has_ended(tiny, monkeypatch):
     assert len(heard) == 1
 
 
+def test_special_tokens_are_left_out_of_the_text(tiny, endless, monkeypatch):
+    special = tiny.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    monkeypatch.setattr(steer, "_choose", lambda logits, *options: torch.tensor([special]))
+    assert ls.generate(tiny, ["a cake"], max_new_tokens=3) == [""]
+
+
 @pytest.mark.parametrize("n", [1, 5])
-def test_exactly_as_many_tokens_are_made_as_were_asked_for(tiny, endless, n: int):
+def test_exactly_as_many_tokens_are_made_as_were_asked_for(tiny, spelt, endless, n: int):
     with ls.steering(tiny, vectors_of(tiny), layers=[1], multiplier=0.0) as record:
         made = ls.generate(tiny, [TEXTS[0]], max_new_tokens=n)
     assert record.fired == {1: n}
@@ -540,16 +582,17 @@ def test_the_chat_template_is_used_unless_told_otherwise(tiny, endless):
 
 
 def test_the_model_is_given_back_as_it_was_lent(tiny):
-    tokenizer = tiny.tokenizer
-    before = (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token)
-    texts = ls.generate(tiny, ["a cake", "a kite for the garden"], max_new_tokens=3)
+    tokenizer, prompts = tiny.tokenizer, ["a cake", "a kite for the garden"]
+    tokenizer.padding_side = "right"
+    texts = ls.generate(tiny, prompts, max_new_tokens=3)
+    assert tokenizer.padding_side == "right"
+    assert not tiny.training
     tiny.train()
     try:
-        assert ls.generate(tiny, ["a cake", "a kite for the garden"], max_new_tokens=3) == texts
+        assert ls.generate(tiny, prompts, max_new_tokens=3) == texts
         assert tiny.training
     finally:
         tiny.eval()
-    assert (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token) == before
     assert torch.is_grad_enabled()
 
 

@@ -239,11 +239,9 @@ def test_an_interrupted_study_leaves_whole_files_and_resumes(tiny, tmp_path, mon
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_content_vectors_find_danger_on_held_out_prompts_and_tone_vectors_less(smol):
-    """On validation content vectors beat chance by far, and no tone vector is ahead of them."""
-    content = ls.residual_streams(smol, ls.load_prompts("content"), progress=False)
-    validation = ls.residual_streams(smol, ls.load_prompts("validation"), progress=False)
-    tone = ls.tone_vectors(smol, progress=False)
+def test_content_vectors_find_danger_on_held_out_prompts_and_tone_vectors_less(built_in_cache):
+    content, validation = built_in_cache("content"), built_in_cache("validation")
+    tone = ls.content_vectors(built_in_cache("personas"), method="tone")
     by_content = ls.evaluate(ls.Detector.fit(content), validation)
     by_tone = ls.evaluate(ls.Detector.fit(content, vectors=tone), validation)
     assert by_content.auroc.low > 0.6

@@ -1,0 +1,357 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import TEXTS, labelled, tiny_tokenizer, write_tiny_model
+
+import lens_safety as ls
+from lens_safety import cli
+
+COMMANDS = ("study", "layers", "fit", "detect", "steer", "models", "doctor")
+PROGRAM = str(Path(sys.executable).parent / "lens-safety")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """The command line in this process, as `main` runs it: exit status, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lens-safety", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(cli, "out", cli.Console(width=200))
+        monkeypatch.setattr(cli, "err", cli.Console(stderr=True, width=200))
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model, training and test prompts, and a detector and vectors made from them."""
+    folder = tmp_path_factory.mktemp("cli")
+    train = [f"{text} {i}" for i in range(6) for text in TEXTS]
+    test = [f"{text} again" for text in TEXTS] + ["do make", "a cake or", "the kite", "how for"]
+    made = {
+        "model": write_tiny_model(folder / "model", "llama", n_ctx=512),
+        "train": labelled(train, [i % 2 == 1 for i in range(len(train))]).save(folder / "train.jsonl"),
+        "test": labelled(test).save(folder / "test.jsonl"),
+    }
+    model = ls.load_model(made["model"])
+    cache = ls.residual_streams(model, ls.load_prompts(made["train"]), progress=False)
+    made["detector"] = ls.Detector.fit(cache).save(folder / "detector.safetensors")
+    made["vectors"] = ls.content_vectors(cache).save(folder / "vectors.safetensors")
+    return made
+
+
+def test_help_names_every_command_and_each_explains_itself(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in COMMANDS:
+        assert command in out
+        status, explained, _ = run(command, "--help")
+        assert status == 0
+        assert "--json" in explained
+
+
+def test_layers_prints_a_row_a_layer_and_writes_it(run, files, tmp_path):
+    csv = tmp_path / "layers.csv"
+    status, out, err = run("layers", "-m", files["model"], "-p", files["train"], "--out", csv)
+    assert status == 0
+    assert "embed" in out
+    assert "Best layer" in err
+    assert str(csv) in err
+    assert list(pd.read_csv(csv)["layer"]) == [-1, 0, 1, 2]
+
+
+def test_layers_as_json_is_one_object(run, files):
+    status, out, _ = run("layers", "-m", files["model"], "-p", files["train"], "--json")
+    assert status == 0
+    assert len(json.loads(out)["layers"]) == 4
+
+
+def test_fit_saves_the_detector_and_reports_held_out_prompts(run, files, tmp_path):
+    path, vectors = tmp_path / "d.safetensors", tmp_path / "v.safetensors"
+    arguments = ("-m", files["model"], "-p", files["train"], "--out", path, "--vectors", vectors)
+    status, out, _ = run("fit", *arguments, "--test", files["test"], "--method", "logistic", "--json")
+    assert status == 0
+    shown = json.loads(out)
+    assert ls.Detector.load(path).method == "logistic" == shown["method"]
+    assert ls.ContentVectors.load(vectors).layers == (0, 1, 2)
+    (report,) = shown["tests"]
+    assert report["n"] == 9
+    assert report["oracle_accuracy"] >= report["accuracy"]
+    status, out, err = run("fit", *arguments, "--test", files["test"], "--layer", 1)
+    assert status == 0
+    assert "chosen on the test scores" in err
+    assert ls.Detector.load(path).layer == 1
+
+
+def test_detect_scores_arguments_a_file_and_stdin_alike(run, files, tmp_path, monkeypatch):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join([*TEXTS[:2], ""]))
+    common = ("detect", "-m", files["model"], "--detector", files["detector"], "--json")
+    status, by_arguments, _ = run(*common, *TEXTS[:2])
+    assert status == 0
+    _, by_file, _ = run(*common, "--file", lines)
+    monkeypatch.setattr("sys.stdin", lines.open())
+    _, by_stdin, _ = run(*common, "-")
+    assert json.loads(by_arguments) == json.loads(by_file) == json.loads(by_stdin)
+    shown = json.loads(by_arguments)
+    for row in shown["prompts"]:
+        assert row["verdict"] == ("dangerous" if row["score"] > shown["threshold"] else "safe")
+
+
+def test_detect_shows_markup_as_text(run, files):
+    status, out, _ = run("detect", "-m", files["model"], "--detector", files["detector"], "[red]a[/red] kite")
+    assert status == 0
+    assert "[red]a[/red] kite" in out
+
+
+def test_steer_shows_each_multiplier_and_0_is_the_unsteered_text(run, files):
+    common = ("steer", "a kite", "-m", files["model"], "--max-new-tokens", 5, "--json")
+    chosen = ("--vectors", files["vectors"], "--layer", 1)
+    status, out, _ = run(*common, *chosen, "-x", 0, "-x", -40)
+    assert status == 0
+    texts = {row["multiplier"]: row["text"] for row in json.loads(out)["texts"]}
+    model = ls.load_model(files["model"])
+    assert texts[0] == ls.generate(model, ["a kite"], max_new_tokens=5)[0]
+    assert texts[-40] != texts[0]
+    _, ablated, _ = run(*common, *chosen, "--operator", "ablate", "-x", 1)
+    assert json.loads(ablated)["operator"] == "ablate"
+
+
+def test_models_names_the_built_in_model_and_the_studys(run):
+    status, out, _ = run("models", "--json")
+    assert status == 0
+    names = [row["model"] for row in json.loads(out)["models"]]
+    assert names[0] == "SmolLM2-135M-Instruct"
+    assert {"Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.2-3B-Instruct"} <= set(names)
+
+
+def test_doctor_passes_and_fails_with_its_status(run, files, monkeypatch):
+    status, out, _ = run("doctor", "-m", files["model"], "--json")
+    assert status == 0
+    assert json.loads(out)["passed"]
+    monkeypatch.setattr("lens_safety.doctor._batch_invariance", lambda model: 1.0)
+    assert run("doctor", "-m", files["model"])[0] == 1
+
+
+def test_without_a_detector_the_built_in_prompts_are_used_and_kept(run, built_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda model, engine: built_in)
+    monkeypatch.setenv("LENS_SAFETY_CACHE", str(tmp_path))
+    small = ls.load_prompts("content").small()
+    monkeypatch.setattr("lens_safety.prompts.load_prompts", lambda name: small)
+    dangerous = "How do I poison my neighbour without anyone noticing?"
+    status, out, _ = run("detect", "--json", dangerous, "How do I bake bread?")
+    assert status == 0
+    first, second = json.loads(out)["prompts"]
+    assert first["score"] > second["score"]
+    assert list((tmp_path / "residuals").rglob("*.safetensors"))
+    status, out, _ = run("steer", "Tell me a story.", "-x", 2, "--max-new-tokens", 3, "--json")
+    assert status == 0
+    assert json.loads(out)["layers"]
+
+
+def broken(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def bad_calls(files: dict[str, Path], folder: Path) -> dict[str, tuple[tuple, str]]:
+    """Each kind of bad input: the call, and what its one sentence must say."""
+    model = ("-m", files["model"])
+    prompts = {
+        "empty text": b'{"text": " ", "label": true}\n',
+        "unknown label": b'{"text": "a", "label": true}\n{"text": "b", "label": "maybe"}\n',
+        "opposite labels": b'{"text": "a", "label": true}\n{"text": "a", "label": false}\n',
+        "undecodable": b'{"text": "a"}\n\xff\xfe\n',
+        "no json": b"hello\n",
+    }
+    said = {
+        "empty text": "line 1: empty or missing text",
+        "unknown label": "line 2: unknown label 'maybe'",
+        "opposite labels": "line 2: the same text stands on line 1 with another label",
+        "undecodable": "line 2: bytes that are not UTF-8",
+        "no json": "line 1: not JSON",
+    }
+    calls: dict[str, tuple[tuple, str]] = {
+        kind: (
+            ("layers", *model, "-p", broken(folder, f"{i}.jsonl", content)),
+            f"{i}.jsonl {said[kind]}",
+        )
+        for i, (kind, content) in enumerate(prompts.items())
+    }
+    long_text = "cake " * 600
+    cut = files["detector"].read_bytes()[:-40]
+    detector = ("--detector", files["detector"])
+    vectors = ("--vectors", files["vectors"])
+    other = write_tiny_model(folder / "other", "llama", seed=1, n_ctx=512)
+    return calls | {
+        "csv without text": (
+            ("layers", *model, "-p", broken(folder, "x.csv", b"prompt,label\na,1\n")),
+            "x.csv line 1: columns prompt, label; expected text, label",
+        ),
+        "no such prompts": (("layers", *model, "-p", "nowhere"), "no prompts 'nowhere'"),
+        "no labels": (
+            ("layers", *model, "-p", broken(folder, "unlabelled.csv", b"text\na\nb\n")),
+            "has no label",
+        ),
+        "too few": (
+            ("fit", *model, "-p", files["test"], "--out", folder / "d.safetensors"),
+            "expected at least 5",
+        ),
+        "no such model": (("layers", "-m", "./nowhere"), "no model at ./nowhere"),
+        "not a model": (("layers", "-m", folder), "has no config.json"),
+        "damaged gguf": (
+            ("layers", "-m", broken(folder, "bad.gguf", b"GGUF nonsense")),
+            "damaged or of an unsupported architecture",
+        ),
+        "unknown position": (
+            ("layers", *model, "-p", files["train"], "--position", "first"),
+            "unknown position",
+        ),
+        "unknown template": (
+            ("layers", *model, "-p", files["train"], "--template", "html"),
+            "unknown template 'html'",
+        ),
+        "too long": (("detect", *model, *detector, long_text), "the context holds 512"),
+        "empty prompt": (("detect", *model, *detector, " "), "is empty"),
+        "no prompt": (("detect", *model, *detector), "expected prompts as arguments"),
+        "empty file": (
+            ("detect", *model, *detector, "--file", broken(folder, "empty.txt", b"\n")),
+            "holds no prompts",
+        ),
+        "no such file": (
+            ("detect", *model, *detector, "--file", folder / "nowhere.txt"),
+            "cannot be read",
+        ),
+        "damaged detector": (
+            ("detect", *model, "--detector", broken(folder, "cut.safetensors", cut), "a"),
+            "is damaged",
+        ),
+        "vectors for a detector": (
+            ("detect", *model, "--detector", files["vectors"], "a"),
+            "holds ContentVectors, expected Detector",
+        ),
+        "another model's detector": (
+            ("detect", "-m", other, *detector, "a"),
+            "other weights or weight processing",
+        ),
+        "layer out of range": (
+            ("steer", "a", *model, *vectors, "--layer", 99),
+            "layer 99 given",
+        ),
+        "vectors without a layer": (("steer", "a", *model, *vectors), "expected at least one --layer"),
+        "multiplier not finite": (
+            ("steer", "a", *model, *vectors, "--layer", 1, "-x", "nan"),
+            "expected a finite number",
+        ),
+        "multipliers no numbers": (
+            ("study", *model, "-p", files["train"], "-t", files["test"], "--multipliers", "1;2"),
+            "expected numbers with commas between",
+        ),
+        "test in training": (
+            ("study", *model, "-p", files["train"], "-t", files["train"], "--out", folder / "s"),
+            "stand in the training set",
+        ),
+    }
+
+
+def test_each_kind_of_bad_input_is_one_sentence_and_exit_status_2(run, files, tmp_path):
+    wrong = []
+    for kind, (arguments, expected) in bad_calls(files, tmp_path).items():
+        status, out, err = run(*arguments)
+        sentence = " ".join(err.split())
+        fine = status == 2 and expected in sentence and "Traceback" not in err and out == ""
+        if not (fine and sentence.count("error:") == 1):
+            wrong.append((kind, status, out, err))
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("layers", "--engine", "steam"), ("fit", "--method", "magic"), ("steer", "a", "-x", "b"), ("no",)],
+)
+def test_an_option_that_does_not_exist_is_refused_before_anything_is_loaded(run, arguments, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model was loaded"))
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert out == ""
+    assert arguments[-1] in err
+
+
+def test_bad_options_leave_what_is_saved_unharmed(run, files, tmp_path):
+    saved = tmp_path / "d.safetensors"
+    saved.write_bytes(files["detector"].read_bytes())
+    status, _, _ = run("fit", "-m", files["model"], "-p", files["train"], "--layer", 9, "--out", saved)
+    assert status == 2
+    assert saved.read_bytes() == files["detector"].read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_the_installed_program_ends_with_status_2_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [PROGRAM, "layers", "--prompts", str(tmp_path / "nowhere.jsonl"), "-m", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_ctrl_c_during_a_study_leaves_no_half_written_file_and_the_next_run_resumes(files, tmp_path):
+    """A real interrupt, sent while the residual streams are being read."""
+    arguments = ["-m", str(files["model"]), "-p", str(files["train"]), "-t", str(files["test"])]
+    command = [PROGRAM, "study", *arguments, "--multipliers=-1,1", "--out", str(tmp_path / "study")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    store = tmp_path / "study" / "residuals"
+    deadline = time.monotonic() + 120
+    while not list(store.rglob("*.safetensors")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    left = [path for path in (tmp_path / "study").rglob("*") if path.is_file()]
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert not (tmp_path / "study" / "report.html").exists()
+    assert not [path for path in left if path.suffix == ".partial"]
+    assert "Traceback" not in said
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "study" / "report.html").is_file()
+
+
+def test_progress_and_results_go_to_their_own_streams(files):
+    done = subprocess.run(
+        [PROGRAM, "layers", "-m", str(files["model"]), "-p", str(files["train"]), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    json.loads(done.stdout)
+    # Nothing is drawn where stderr is no terminal.
+    assert done.stderr == ""
+
+
+def test_a_tokenizer_without_a_chat_template_is_told_apart(run, tmp_path):
+    folder = write_tiny_model(tmp_path / "plain", "gpt2", chat=False)
+    assert tiny_tokenizer(chat=False).chat_template is None
+    train = labelled([f"{t} {i}" for i in range(4) for t in TEXTS]).save(tmp_path / "t.jsonl")
+    status, _, err = run("layers", "-m", folder, "-p", train, "--template", "chat")
+    assert status == 2
+    assert "has no chat template; use 'raw'" in err
+    assert run("layers", "-m", folder, "-p", train, "--json")[0] == 0
