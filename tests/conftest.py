@@ -18,7 +18,7 @@ from lens_safety.models import (
     resid_hook,
 )
 from lens_safety.prompts import DATA_VARIABLE, Prompt, PromptSet
-from lens_safety.residuals import ResidualCache
+from lens_safety.residuals import ResidualCache, residual_streams
 
 # Threads that wait for each other cost far more than they save where several tests run at once.
 torch.set_num_threads(1)
@@ -190,7 +190,7 @@ def built_in_cache(built_in, built_in_caches: dict):
 
     def read(name: str) -> ResidualCache:
         if name not in built_in_caches:
-            built_in_caches[name] = ls.residual_streams(built_in, ls.load_prompts(name), progress=False)
+            built_in_caches[name] = residual_streams(built_in, ls.load_prompts(name), progress=False)
         return built_in_caches[name]
 
     return read

@@ -60,11 +60,22 @@ def test_a_planted_layer_is_chosen_and_finds_danger_in_fresh_prompts(method, lay
 
 
 @METHOD
-def test_nothing_is_found_in_fresh_prompts_after_training_on_shuffled_labels(method):
-    train, _ = planted_cache(100, shift=0.0)
+def test_a_layer_of_noise_tells_nothing_about_fresh_prompts(method):
+    noise = ls.Detector.fit(planted_cache(100)[0], method=method, layer=0)
     fresh, _ = planted_cache(400, seed=1)
-    noise = ls.Detector.fit(train, method=method, layer=0)
     assert 0.4 < roc_auc_score(fresh.prompts.labels, noise.score(fresh)) < 0.6
+
+
+@VECTOR_METHOD
+def test_shuffled_training_labels_find_nothing_on_average(method):
+    train, fresh = planted_cache(60)[0], planted_cache(200, seed=1)[0]
+    rng = np.random.default_rng(0)
+    shuffled = [relabelled(train, rng.permutation(train.prompts.labels)) for _ in range(40)]
+    aurocs = [
+        roc_auc_score(fresh.prompts.labels, ls.Detector.fit(cache, method=method, layer=1).score(fresh))
+        for cache in shuffled
+    ]
+    assert 0.35 < np.mean(aurocs) < 0.65
 
 
 @METHOD

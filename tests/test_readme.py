@@ -1,0 +1,100 @@
+"""What the README and the examples show is run."""
+
+import re
+import runpy
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from conftest import require_data
+
+import lens_safety as ls
+from lens_safety import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("lens-safety ")
+]
+
+
+@pytest.fixture
+def loaded(built_in, built_in_cache, monkeypatch):
+    """The session's model and residual streams stand in for loading and reading them again."""
+    real = ls.residual_streams
+
+    def read(model, prompts, **options):
+        known = getattr(prompts, "name", "") in ("content", "validation", "adversarial", "personas")
+        plain = options.get("position", "content_mean") == "content_mean" and not options.get("layers")
+        return built_in_cache(prompts.name) if known and plain else real(model, prompts, **options)
+
+    monkeypatch.setattr(ls, "load_model", lambda *args, **options: built_in)
+    monkeypatch.setattr(cli, "_load", lambda model, engine: built_in)
+    for room in ("residuals", "study"):
+        monkeypatch.setattr(import_module(f"lens_safety.{room}"), "residual_streams", read)
+    monkeypatch.setattr(ls, "residual_streams", read)
+
+
+def test_the_python_of_the_readme_runs(loaded, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    best, accuracy, score, text = capsys.readouterr().out.strip().splitlines()
+    assert 0 <= int(best) < 30
+    assert float(accuracy.split()[0]) > 0.3
+    assert score.startswith("[")
+    assert len(text) > 20
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "persona_vector_study" not in c])
+def test_each_command_of_the_readme_runs(loaded, command, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LENS_SAFETY_CACHE", str(tmp_path))
+    arguments = shlex.split(command)
+    if arguments[1] == "study":
+        # The texts take a minute; the README's command is run whole by `make study`.
+        monkeypatch.setattr(import_module("lens_safety.study"), "sweep", short_sweep(ls.sweep))
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0, capsys.readouterr().err
+    for option in ("--out",):
+        if option in arguments:
+            assert (tmp_path / arguments[arguments.index(option) + 1]).exists()
+
+
+def short_sweep(real):
+    def sweep(model, vectors, prompts, **options):
+        return real(model, vectors, prompts[:1], **(options | {"max_new_tokens": 3}))
+
+    return sweep
+
+
+def test_the_commands_of_the_readme_are_all_of_them():
+    shown = {shlex.split(command)[1] for command in COMMANDS}
+    assert shown == {"study", "layers", "fit", "detect", "steer", "models", "doctor"}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_each_example_runs(loaded, script, capsys):
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_studys_own_rows_are_detected_as_well_as_the_readme_says(built_in):
+    """200 training rows and, for time's sake, every ninth of the 1,800 test rows."""
+    require_data()
+    train = ls.residual_streams(built_in, ls.load_prompts("persona_vector_study_train"), progress=False)
+    test = ls.residual_streams(built_in, ls.load_prompts("persona_vector_study_test")[::9], progress=False)
+    report = ls.evaluate(ls.Detector.fit(train), test)
+    assert report.n == 200
+    # Five standard errors of 200 rows below the 0.75 of all 1,800.
+    assert report.accuracy.value > 0.6
+    assert report.auroc.value > 0.7
