@@ -51,6 +51,7 @@ class Detector:
 
     `auroc_cv` and `accuracy_cv` are what cross-validation inside the training set gave at the chosen
     layer; being the best of several layers they flatter the detector, so report a held-out set.
+    `fitted_on` holds short hashes of the training texts, so that `evaluate` can refuse them.
     """
 
     method: str
@@ -61,7 +62,7 @@ class Detector:
     template: str
     model: ModelFingerprint
     source: str
-    digest: str
+    fitted_on: tuple[str, ...]
     n_safe: int
     n_dangerous: int
     auroc_cv: float
@@ -119,7 +120,7 @@ class Detector:
             template=cache.template,
             model=cache.model,
             source=cache.prompts.name,
-            digest=cache.prompts.digest,
+            fitted_on=cache.prompts.text_digests,
             n_safe=int((~labels).sum()),
             n_dangerous=int(labels.sum()),
             auroc_cv=auroc(scores, labels),
@@ -206,7 +207,8 @@ class Detector:
 
     def to_frame(self) -> pd.DataFrame:
         """One row of what it is and what it was fitted on."""
-        return pd.DataFrame([{**{name: getattr(self, name) for name in _PLAIN}, "model": self.model.name}])
+        shown = [name for name in _PLAIN if name != "fitted_on"]
+        return pd.DataFrame([{**{name: getattr(self, name) for name in shown}, "model": self.model.name}])
 
     def _repr_html_(self) -> str:
         return f"{self.to_frame().T.to_html(header=False)}<p>Next: ls.evaluate(detector, cache)</p>"
@@ -226,7 +228,9 @@ class Detector:
             found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             if found != expected:
                 raise ValueError(f"tensors {found} instead of {expected}")
+            one_of(header["method"], METHODS, "method")
             plain = {name: header[name] for name in _PLAIN}
+            plain["fitted_on"] = tuple(plain["fitted_on"])
             return cls(**plain, parameters=tensors, model=model)
 
 
@@ -237,7 +241,7 @@ _PLAIN = (
     "position",
     "template",
     "source",
-    "digest",
+    "fitted_on",
     "n_safe",
     "n_dangerous",
     "auroc_cv",
@@ -254,6 +258,11 @@ def _shapes(method: str, d_model: int) -> dict[str, tuple[int, ...]]:
 
 def _check_vectors(vectors: ContentVectors, cache: ResidualCache, method: str) -> None:
     vectors.model.require(cache.model, "the vectors")
+    if (vectors.position, vectors.template) != (cache.position, cache.template):
+        raise MismatchError(
+            f"vectors read at {vectors.position} ({vectors.template}) and a cache read at {cache.position} "
+            f"({cache.template}) given: expected the same position and template"
+        )
     if method == "logistic":
         raise OptionError("method='logistic' given with vectors: expected 'two-vector' or 'one-vector'")
 

@@ -109,7 +109,11 @@ class ContentVectors:
         return self.layers.index(layer)
 
     def cosine(self, other: "ContentVectors") -> Float[np.ndarray, " layer"]:
-        """cos(self, other) at each layer of both; 0 where either has no direction."""
+        """cos(self, other) at each of these layers; 0 where either has no direction.
+
+        Raises `MismatchError` for vectors of another model, or where `other` lacks a layer.
+        """
+        self.model.require(other.model, "the vectors")
         rows = [other.row(layer) for layer in self.layers]
         return (self.unit * other.unit[rows]).sum(dim=1).numpy()
 

@@ -11,7 +11,7 @@ from .files import Result
 from .metrics import Estimate, accuracy, best_threshold, bootstrap_auroc, proportion
 from .prompts import PromptSet
 from .residuals import ResidualCache
-from .types import Labels, PromptError, Scores
+from .types import Labels, OptionError, PromptError, Scores
 
 OVERALL = "all"
 
@@ -88,6 +88,8 @@ class DetectorComparison(Result):
 
 def compare(reports: Sequence[tuple[str, DetectionReport]]) -> DetectorComparison:
     """Put the reports of several named detectors under each other."""
+    if not reports:
+        raise OptionError("no reports given to compare: expected at least one (name, report) pair")
     frames = []
     for name, report in reports:
         frame = report.to_frame()
@@ -104,13 +106,14 @@ def evaluate(
     """Score a held-out cache once and report it by prompt type; nothing is chosen here.
 
     Raises:
-        PromptError: a prompt without a label, or the very prompts that the detector was fitted on.
+        PromptError: a prompt without a label, or one that the detector was fitted on.
         MismatchError: a cache of another model, position or template.
     """
-    if cache.prompts.digest == detector.digest:
+    seen = len(set(cache.prompts.text_digests) & set(detector.fitted_on))
+    if seen:
         raise PromptError(
-            f"{cache.prompts.name} is what the detector was fitted on: expected held-out prompts; "
-            "for the training set read detector.auroc_cv"
+            f"the detector was fitted on {seen} of the {len(cache)} prompts of {cache.prompts.name}: "
+            "expected held-out prompts; for the training set read detector.auroc_cv"
         )
     return report_scores(
         detector.score(cache),

@@ -206,6 +206,8 @@ def check_layers(model: ResidualModel, layers: Sequence[int], *, embed: bool = F
     for layer in layers:
         if not lowest <= layer < n_layers:
             raise OptionError(f"layer {layer} given, expected {lowest} to {n_layers - 1} ({n_layers} layers)")
+    if len(set(layers)) < len(layers):
+        raise OptionError(f"layers {list(layers)} given, expected each layer once")
     if not layers:
         raise OptionError("no layers given, expected at least one")
     return list(layers)

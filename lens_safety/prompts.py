@@ -99,6 +99,11 @@ class PromptSet:
         return tuple(prompt.kind for prompt in self.prompts)
 
     @property
+    def text_digests(self) -> tuple[str, ...]:
+        """16 hexadecimal digits of each text's sha256, sorted: to know a text again without keeping it."""
+        return tuple(sorted({hashlib.sha256(text.encode()).hexdigest()[:16] for text in self.texts}))
+
+    @property
     def digest(self) -> str:
         """sha256 of texts and labels, in order."""
         rows = json.dumps([[p.text, p.label] for p in self.prompts], ensure_ascii=False)
@@ -132,7 +137,13 @@ class PromptSet:
                 f"and of dangerous prompts for {n}-fold cross-validation; add prompts"
             )
         folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
-        return [held for _, held in folds.split(labels, labels, groups)]
+        splits = list(folds.split(labels, labels, groups))
+        if any(len(set(labels[fitting])) < 2 for fitting, _ in splits):
+            raise PromptError(
+                f"the groups of {self.name} are so uneven that a fold leaves one class only to fit on: "
+                "expected both classes outside every fold; make the groups smaller or add prompts"
+            )
+        return [held for _, held in splits]
 
     def split(self, *, seed: int = 0) -> "tuple[PromptSet, PromptSet]":
         """Two halves, stratified by label, with no group in both."""

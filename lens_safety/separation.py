@@ -95,7 +95,7 @@ def layer_table(
             "auroc": auroc_by_layer(scores, labels),
             "auroc_low": low,
             "auroc_high": high,
-            "auroc_shuffled": _shuffled_auroc(resid, labels, groups, held_out, n_shuffles, seed),
+            "auroc_shuffled": _shuffled_auroc(resid, labels, held_out, n_shuffles, seed),
             "split_half_cosine": _split_half_cosine(resid, labels, cache, seed),
             "is_zero": (magnitude <= ZERO_NORM * resid_norm).numpy(),
         }
@@ -184,7 +184,6 @@ def _unit_and_middle(
 def _shuffled_auroc(
     resid: Tensor,
     labels: Labels,
-    groups: np.ndarray,
     held_out: list[np.ndarray],
     n_shuffles: int,
     seed: int,
@@ -192,7 +191,10 @@ def _shuffled_auroc(
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(n_shuffles):
-        shuffled = rng.permutation(labels)
+        shuffled = labels.copy()
+        for held in held_out:
+            # Inside each fold, so that both classes stay outside of it however few the prompts.
+            shuffled[held] = rng.permutation(labels[held])
         draws.append(auroc_by_layer(cross_validated_scores(resid, shuffled, held_out), shuffled))
     return np.nanpercentile(np.array(draws), 97.5, axis=0)
 

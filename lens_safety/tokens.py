@@ -120,10 +120,14 @@ def encode_pairs(
     joined, starts = [], []
     for one, continuation in zip(encode(model, texts, template=template), continuations, strict=True):
         more = np.array(tokenizer(continuation, add_special_tokens=False)["input_ids"], dtype=np.int64)
-        ids = np.concatenate([one.ids, more])[:limit]
-        content = np.concatenate([one.content, np.zeros(len(more), dtype=bool)])[:limit]
-        joined.append(Encoded(ids, content))
-        starts.append(min(len(one), len(ids)))
+        ids = np.concatenate([one.ids, more])
+        if len(ids) > limit:
+            raise PromptError(
+                f"{continuation[:60]!r} and its prompt have {len(ids)} tokens, the context holds {limit}; "
+                "shorten one of them"
+            )
+        joined.append(Encoded(ids, np.concatenate([one.content, np.zeros(len(more), dtype=bool)])))
+        starts.append(len(one))
     return joined, starts
 
 

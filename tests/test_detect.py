@@ -493,3 +493,19 @@ def test_a_file_whose_tensors_belie_its_header_is_refused(method, tmp_path):
             ls.Detector.load(tmp_path / f"changed{number}")
     save_tensors(tmp_path / "same", "Detector", tensors, header)
     assert ls.Detector.load(tmp_path / "same").method == method
+
+
+def test_vectors_read_elsewhere_in_the_prompt_are_refused():
+    cache, _ = planted_cache(30)
+    vectors = ls.content_vectors(cache)
+    for change in ({"position": "last"}, {"template": "raw"}):
+        with pytest.raises(ls.MismatchError, match="expected the same position and template"):
+            ls.Detector.fit(cache, vectors=replace(vectors, **change))
+
+
+def test_a_file_with_an_unknown_method_is_refused(tmp_path):
+    path = ls.Detector.fit(planted_cache(30)[0]).save(tmp_path / "d.safetensors")
+    tensors, header = load_tensors(path, "Detector")
+    save_tensors(path, "Detector", tensors, {**header, "method": "magic"})
+    with pytest.raises(ls.FileError, match="unknown method 'magic'"):
+        ls.Detector.load(path)

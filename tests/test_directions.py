@@ -244,3 +244,10 @@ def test_tone_vectors_take_the_built_in_personas_unless_told_otherwise(tiny, mon
     tone = ls.tone_vectors(tiny, layers=[2], progress=False)
     assert torch.equal(tone.vectors, ls.tone_vectors(tiny, labelled(), progress=False).vectors[2:])
     assert (tone.layers, tone.template) == ((2,), "chat")
+
+
+def test_cosines_across_models_are_refused():
+    vectors = ls.content_vectors(planted_cache(30)[0])
+    other = replace(vectors, model=replace(vectors.model, probe=(9.0, 9.0, 9.0, 9.0)))
+    with pytest.raises(ls.MismatchError, match="other weights"):
+        vectors.cosine(other)

@@ -149,11 +149,16 @@ def test_permuting_the_test_prompts_permutes_the_scores_and_nothing_else():
     pd.testing.assert_frame_equal(permuted.frame.drop(columns=drawn), report.frame.drop(columns=drawn))
 
 
-def test_the_training_prompts_themselves_are_refused():
-    train, _ = planted_cache(60)
-    detector = ls.Detector.fit(train, layer=1)
-    with pytest.raises(ls.PromptError, match="what the detector was fitted on"):
-        ls.evaluate(detector, train)
+def test_any_training_prompt_is_refused_whatever_its_order_or_label():
+    train, _ = planted_cache(30)
+    detector = ls.Detector.fit(train)
+    held_out, _ = planted_cache(10, seed=1, name="held out")
+    assert ls.evaluate(detector, held_out, n_resamples=10).n == 10
+    with pytest.raises(ls.PromptError, match="fitted on 30 of the 30 prompts"):
+        ls.evaluate(detector, train[::-1])
+    mixed = PromptSet((*held_out.prompts.prompts[:9], Prompt(train.prompts.texts[4], False)), "mixed")
+    with pytest.raises(ls.PromptError, match="fitted on 1 of the 10 prompts of mixed"):
+        ls.evaluate(detector, replace(held_out, prompts=mixed))
 
 
 def test_unlabelled_prompts_and_another_position_are_refused():
@@ -181,6 +186,7 @@ def test_the_oracle_worked_by_hand():
     ordered = torch.tensor([[[0.0, 1.0], [0.5, 1.0], [1.0, 1.0], [1.0, 0.5], [1.0, 0.0]]])
     # From the most dangerous to the safest: flag the first four and one of five is wrong.
     test = cache_of(ordered, [True, False, True, True, False])
+    test = replace(test, prompts=labelled("abcde", test.prompts.labels))
     oracle = ls.oracle_accuracy(detector, test)
     assert (oracle.value, oracle.n) == (pytest.approx(4 / 5), 5)
     assert ls.evaluate(detector, test, n_resamples=20).accuracy.value < 4 / 5
@@ -241,3 +247,8 @@ def test_reports_put_under_each_other_keep_their_rows_under_their_names():
     for name in ("type", "accuracy", "fpr_high"):
         assert list(both.frame[name]) == [*first.frame[name], *second.frame[name]]
     assert list(both.overall["auroc"]) == [first.auroc.value, second.auroc.value]
+
+
+def test_nothing_to_compare_is_refused():
+    with pytest.raises(ls.OptionError, match="no reports given"):
+        compare([])

@@ -308,3 +308,12 @@ def test_the_digest_changes_with_text_label_and_order_only():
     assert prompts.digest == labelled(["a", "b"], kind="idiom").digest
     others = [labelled(["a", "c"]), labelled(["a", "b"], [True, True]), prompts[[1, 0]]]
     assert len({p.digest for p in [prompts, *others]}) == 4
+
+
+def test_groups_that_leave_one_class_only_to_fit_on_are_refused():
+    rows = [("a", False, "x"), ("b", False, "y"), ("c", True, "z"), ("d", True, "y")]
+    mixed = PromptSet(tuple(Prompt(text, label, group=group) for text, label, group in rows), "mixed")
+    with pytest.raises(PromptError, match="the groups of mixed are so uneven"):
+        mixed.folds(2)
+    apart = PromptSet(tuple(Prompt(text, label) for text, label, _ in rows), "apart")
+    assert len(apart.folds(2)) == 2

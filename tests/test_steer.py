@@ -662,3 +662,17 @@ def test_likely_words_cost_less_than_the_same_words_shuffled(smol):
     shuffled = " trees singing the in and birds is the are the sun shining"
     costs = ls.continuation_nll(smol, ["It is a lovely morning,"] * 2, [likely, shuffled])
     assert costs[0] < costs[1] - 1
+
+
+def test_a_continuation_that_does_not_fit_is_refused_not_cut(tiny):
+    with pytest.raises(ls.PromptError, match="the context holds 128"):
+        ls.continuation_nll(tiny, ["a cake"], [" kite" * 200])
+
+
+def test_a_layer_that_is_named_twice_is_refused(tiny):
+    vectors = ls.content_vectors(ls.residual_streams(tiny, labelled(), progress=False))
+    with (
+        pytest.raises(ls.OptionError, match="expected each layer once"),
+        ls.steering(tiny, vectors, layers=[1, 1]),
+    ):
+        pass

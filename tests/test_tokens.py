@@ -204,8 +204,8 @@ def test_pairs_start_their_continuation_where_the_prompt_ends(chat, monkeypatch)
         assert not one.content[start:].any()
         assert one.content.sum() == prompt.content.sum()
     monkeypatch.setattr(chat.cfg, "n_ctx", starts[0] + 2)
-    joined, cut_starts = encode_pairs(chat, prompts[:1], [" for the garden or a cake"])
-    assert (len(joined[0]), cut_starts) == (starts[0] + 2, starts[:1])
+    with pytest.raises(PromptError, match=f"the context holds {starts[0] + 2}"):
+        encode_pairs(chat, prompts[:1], [" for the garden or a cake"])
 
 
 EXAMPLE = Encoded(np.array([9, 8, 7, 6, 5, 4, 3]), np.array([False, False, True, True, False, True, False]))

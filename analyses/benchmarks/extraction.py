@@ -2,10 +2,12 @@
 
 Method: the residual streams of 256 chat prompts (`residual_streams`: encoding, batching, hooks, all
 layers), against a bare forward pass through the same engine's body (no unembedding, no hooks) over the
-same token batches, and against `run_with_cache` of everything, batch by batch. The three take turns,
-so that a slow minute hits all of them; medians of several rounds.
+same token batches; against `run_with_cache` of everything as it is called by hand (the prompts in the
+order given, 32 at a time); and against `run_with_cache` over our batches, which are sorted by length.
+They take turns, so that a slow minute hits all of them; medians of several rounds.
 Control: the bare body. No extraction through this engine can be faster on the same batches.
-Reading: `vs_body` near 1 means that the hooks cost nothing; `vs_run_with_cache` is what is saved.
+Reading: `vs_body` near 1 means that the hooks cost nothing; `vs_run_with_cache` is what is saved, and
+`vs_run_with_cache_sorted` how much of that is not due to sorting.
 
     python analyses/benchmarks/extraction.py --engine hooked --rounds 3 [--json]
 """
@@ -23,29 +25,37 @@ import lens_safety as ls
 from lens_safety.models import borrowed, engine_of
 from lens_safety.prompts import PromptSet
 from lens_safety.residuals import BATCH_TOKENS
-from lens_safety.tokens import Batch, batches, encode
+from lens_safety.tokens import Batch, batches, encode, pad
 
 N_PROMPTS = 256
+BY_HAND = 32
 
 
 def main() -> None:
     options = arguments()
     model = ls.load_model(options.model, engine=options.engine)
     prompts = benchmark_prompts(options.prompts)
-    ready = list(batches(model, encode(model, prompts.texts), batch_tokens=BATCH_TOKENS))
+    encoded = encode(model, prompts.texts)
+    ready = list(batches(model, encoded, batch_tokens=BATCH_TOKENS))
+    in_order = [
+        pad(model, encoded, range(start, min(start + BY_HAND, len(encoded))))
+        for start in range(0, len(encoded), BY_HAND)
+    ]
     body = bare_body(model)
     contenders: dict[str, Callable[[], object]] = {
         "residual_streams": lambda: ls.residual_streams(model, prompts, progress=False),
         "body": lambda: on_each(ready, body),
-        "run_with_cache": lambda: on_each(ready, model.run_with_cache),
+        "run_with_cache": lambda: on_each(in_order, model.run_with_cache),
+        "run_with_cache_sorted": lambda: on_each(ready, model.run_with_cache),
     }
     with borrowed(model):
         on_each(ready[:1], body)
         seconds = take_turns(contenders, options.rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {
-        "vs_body": round(medians["residual_streams"] / medians["body"], 3),
-        "vs_run_with_cache": round(medians["residual_streams"] / medians["run_with_cache"], 3),
+        f"vs_{name}": round(medians["residual_streams"] / value, 3)
+        for name, value in medians.items()
+        if name != "residual_streams"
     }
     if options.json:
         print(json.dumps(ratios))
@@ -56,9 +66,9 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, median of {options.rounds} rounds"
     )
     for name, value in medians.items():
-        print(f"  {name:<18}{value:8.2f} s   (rounds: {', '.join(f'{s:.2f}' for s in seconds[name])})")
+        print(f"  {name:<26}{value:8.2f} s   (rounds: {', '.join(f'{s:.2f}' for s in seconds[name])})")
     for name, value in ratios.items():
-        print(f"  {name:<18}{value:8.2f}")
+        print(f"  {name:<26}{value:8.2f}")
 
 
 def arguments() -> argparse.Namespace:
