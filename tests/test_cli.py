@@ -88,9 +88,11 @@ def test_fit_saves_the_detector_and_reports_held_out_prompts(run, files, tmp_pat
     (report,) = shown["tests"]
     assert report["n"] == 9
     assert report["oracle_accuracy"] >= report["accuracy"]
+    assert 0 <= report["tfidf_accuracy"] <= 1
     status, out, err = run("fit", *arguments, "--test", files["test"], "--layer", 1)
     assert status == 0
     assert "chosen on the test scores" in err
+    assert "no language model" in err
     assert ls.Detector.load(path).layer == 1
 
 
