@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -24,35 +23,11 @@ out, err = Console(), Console(stderr=True)
 _INTERRUPTED = 130
 
 
-class MethodName(StrEnum):
-    """The detection methods, as the command line spells them."""
-
-    two_vector = "two-vector"
-    one_vector = "one-vector"
-    logistic = "logistic"
-
-
-class EngineName(StrEnum):
-    """The TransformerLens generations."""
-
-    auto = "auto"
-    hooked = "hooked"
-    bridge = "bridge"
-
-
-class OperatorName(StrEnum):
-    """The steering operators."""
-
-    add = "add"
-    ablate = "ablate"
-
-
-class PositionsName(StrEnum):
-    """Which positions are steered."""
-
-    all = "all"
-    generated = "generated"
-
+# Spelled out here, because the rooms that they belong to import torch, and `--help` should not wait for it.
+MethodName = Literal["two-vector", "one-vector", "logistic"]
+EngineName = Literal["auto", "hooked", "bridge"]
+OperatorName = Literal["add", "ablate"]
+PositionsName = Literal["all", "generated"]
 
 ModelOption = Annotated[
     str | None,
@@ -82,10 +57,10 @@ def study(
     ] = None,
     position: PositionOption = "content_mean",
     template: TemplateOption = "auto",
-    method: MethodOption = MethodName.two_vector,
+    method: MethodOption = "two-vector",
     multipliers: Annotated[str, typer.Option(help="Steering multipliers, comma-separated.")] = "-4,-2,0,2,4",
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("runs/study"),
-    engine: EngineOption = EngineName.auto,
+    engine: EngineOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -103,7 +78,7 @@ def study(
         _load(model, engine),
         train=train,
         tests=tests,
-        method=method.value,
+        method=method,
         position=_position(position),
         template=template,
         multipliers=numbers,
@@ -133,7 +108,7 @@ def layers(
     position: PositionOption = "content_mean",
     template: TemplateOption = "auto",
     csv: Annotated[Path | None, typer.Option("--out", help="Write the table as CSV too.")] = None,
-    engine: EngineOption = EngineName.auto,
+    engine: EngineOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -167,7 +142,7 @@ def fit(
     ] = None,
     model: ModelOption = None,
     prompts: PromptsOption = "content",
-    method: MethodOption = MethodName.two_vector,
+    method: MethodOption = "two-vector",
     layer: Annotated[
         int | None, typer.Option(help="Layer to read; chosen by cross-validation by default.")
     ] = None,
@@ -177,7 +152,7 @@ def fit(
         list[str] | None,
         typer.Option("--test", "-t", help="Held-out prompts to report on; repeatable."),
     ] = None,
-    engine: EngineOption = EngineName.auto,
+    engine: EngineOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -191,7 +166,7 @@ def fit(
 
     loaded = _load(model, engine)
     cache = _extract(loaded, prompts, position, template)
-    detector = Detector.fit(cache, method=method.value, layer="auto" if layer is None else layer, seed=seed)
+    detector = Detector.fit(cache, method=method, layer="auto" if layer is None else layer, seed=seed)
     result = _records(detector.to_frame())[0] | {"file": str(detector.save(out_file)), "tests": []}
     if vectors is not None:
         result["vectors"] = str(content_vectors(cache).save(vectors))
@@ -231,7 +206,7 @@ def detect(
     ] = None,
     model: ModelOption = None,
     truncate: Annotated[bool, typer.Option(help="Cut prompts that are too long for the context.")] = False,
-    engine: EngineOption = EngineName.auto,
+    engine: EngineOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Score prompts: higher is more dangerous.
@@ -280,17 +255,13 @@ def steer(
     vectors: Annotated[
         Path | None, typer.Option(help="Saved vectors; by default from the built-in prompts.")
     ] = None,
-    operator: Annotated[OperatorName, typer.Option(help="add m * v, or ablate the direction.")] = (
-        OperatorName.add
-    ),
-    positions: Annotated[PositionsName, typer.Option(help="Which positions are steered.")] = (
-        PositionsName.all
-    ),
+    operator: Annotated[OperatorName, typer.Option(help="add m * v, or ablate the direction.")] = ("add"),
+    positions: Annotated[PositionsName, typer.Option(help="Which positions are steered.")] = ("all"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     template: TemplateOption = "auto",
     model: ModelOption = None,
-    engine: EngineOption = EngineName.auto,
+    engine: EngineOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -319,8 +290,8 @@ def steer(
             direction,
             layers=chosen,
             multiplier=factor,
-            operator=operator.value,
-            positions=positions.value,
+            operator=operator,
+            positions=positions,
         ) as record:
             made = generate(
                 loaded,
@@ -330,17 +301,14 @@ def steer(
                 template=template,
                 seed=seed,
             )
-        dose = max(row[0] for row in record.dose)
-        rows += [
-            {"multiplier": factor, "dose": dose, "prompt": prompt, "text": text}
-            for prompt, text in zip(texts, made, strict=True)
-        ]
+        common = {"multiplier": factor, "dose": max(row[0] for row in record.dose)}
+        rows += [common | {"prompt": p, "text": text} for p, text in zip(texts, made, strict=True)]
     if as_json:
-        _print_json({"layers": chosen, "operator": operator.value, "texts": rows})
+        _print_json({"layers": chosen, "operator": operator, "texts": rows})
         return
     import pandas as pd
 
-    _print_table(pd.DataFrame(rows), list(rows[0]), f"{operator.value} at layer {chosen}")
+    _print_table(pd.DataFrame(rows), list(rows[0]), f"{operator} at layer {chosen}")
 
 
 @app.command()
@@ -359,9 +327,7 @@ def models(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def doctor(
-    model: ModelOption = None, engine: EngineOption = EngineName.auto, as_json: JsonOption = False
-) -> None:
+def doctor(model: ModelOption = None, engine: EngineOption = "auto", as_json: JsonOption = False) -> None:
     """Check an installation and a model: batch invariance, hooks, steering identities."""
     from .doctor import checkup
 
@@ -400,7 +366,7 @@ def _load(model: str | None, engine: EngineName) -> Any:
     with err.status("loading the model (the first time takes half a minute)"):
         from .models import load_model
 
-        return load_model(model, engine=engine.value)
+        return load_model(model, engine=engine)
 
 
 def _extract(model: Any, prompts: str, position: str, template: str) -> Any:
@@ -505,19 +471,19 @@ def _plain(value: Any) -> Any:
 def _print_table(frame: Any, columns: list[str], title: str) -> None:
     table = Table(title=_escape(title), title_justify="left", show_lines="text" in columns)
     for name in columns:
-        right: Literal["left", "right"] = "right" if frame[name].dtype.kind in "fi" else "left"
-        table.add_column(name.replace("_", " "), justify=right, overflow="fold")
+        side: Literal["left", "right"] = "right" if frame[name].dtype.kind in "fi" else "left"
+        table.add_column(name.replace("_", " "), justify=side, overflow="fold")
     for _, row in frame.iterrows():
         table.add_row(*(_cell(row, name) for name in columns))
     out.print(table)
 
 
 def _cell(row: Any, name: str) -> str:
+    from .metrics import interval_text
+
     value = row[name]
-    if isinstance(value, float) and math.isnan(value):
-        return "—"
-    if isinstance(value, float) and f"{name}_low" in row:
-        return f"{value:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+    if isinstance(value, float) and (math.isnan(value) or f"{name}_low" in row):
+        return interval_text(row, name)
     return f"{value:.3g}" if isinstance(value, float) else _escape(str(value))
 
 

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import tokens as tok
-from .directions import ZERO_NORM, ContentVectors
+from .directions import ZERO_NORM, ContentVectors, class_means
 from .files import building_from, load_tensors, save_tensors
-from .metrics import auroc, best_threshold, check_scores
+from .metrics import accuracy, auroc, best_threshold, check_scores
 from .models import ModelFingerprint, fingerprint
 from .prompts import PromptSet
 from .residuals import ResidualCache, residual_streams
@@ -124,7 +124,7 @@ class Detector:
             n_safe=int((~labels).sum()),
             n_dangerous=int(labels.sum()),
             auroc_cv=auroc(scores, labels),
-            accuracy_cv=float(((scores > cut) == labels).mean()),
+            accuracy_cv=accuracy(scores, labels, cut),
             seed=seed,
         )
 
@@ -310,13 +310,10 @@ def _out_of_fold(
 
 
 def _fit(resid: Float[Tensor, "prompt d_model"], labels: Labels, method: str, c: float) -> _Parameters:
-    dangerous = torch.from_numpy(labels)
     if method == "logistic":
         return _fit_logistic(resid, labels, c)
-    return {
-        "safe_mean": resid[~dangerous].mean(dim=0),
-        "dangerous_mean": resid[dangerous].mean(dim=0),
-    }
+    safe_mean, dangerous_mean = class_means(resid, labels)
+    return {"safe_mean": safe_mean, "dangerous_mean": dangerous_mean}
 
 
 def _fit_logistic(resid: Float[Tensor, "prompt d_model"], labels: Labels, c: float) -> _Parameters:

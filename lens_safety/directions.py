@@ -16,7 +16,7 @@ from .files import building_from, load_tensors, save_tensors
 from .models import ModelFingerprint
 from .prompts import PromptSet, load_prompts
 from .residuals import ResidualCache, residual_streams
-from .types import MismatchError, PromptError, ResidualModel
+from .types import Labels, MismatchError, PromptError, ResidualModel
 
 _KIND = "ContentVectors"
 
@@ -88,12 +88,12 @@ class ContentVectors:
     @property
     def is_zero(self) -> Bool[Tensor, " layer"]:
         """True where the classes have the same mean, so that there is no direction."""
-        return self.norms <= ZERO_NORM * self.resid_norm
+        return is_zero(self.vectors, self.resid_norm)
 
     @property
     def unit(self) -> Float[Tensor, "layer d_model"]:
         """vectors / norm, and zeros (never NaN) where there is no direction."""
-        return _unit(self.vectors, self.is_zero)
+        return unit_vectors(self.vectors, self.resid_norm)
 
     def layer(self, layer: int) -> Float[Tensor, " d_model"]:
         """The vector of one layer, by its number."""
@@ -182,14 +182,12 @@ def content_vectors(cache: ResidualCache, *, method: str = "content") -> Content
             f"{cache.prompts.name} has {int(labels.sum())} dangerous and {int((~labels).sum())} safe "
             "prompts: expected at least one of each"
         )
-    dangerous = torch.from_numpy(labels)
-    safe_mean = cache.resid[:, ~dangerous].mean(dim=1)
-    dangerous_mean = cache.resid[:, dangerous].mean(dim=1)
+    safe_mean, dangerous_mean = class_means(cache.resid, labels)
     return ContentVectors(
         vectors=dangerous_mean - safe_mean,
         safe_mean=safe_mean,
         dangerous_mean=dangerous_mean,
-        resid_norm=cache.resid.norm(dim=2).median(dim=1).values,
+        resid_norm=median_norm(cache.resid),
         layers=cache.layers,
         method=method,
         n_safe=int((~labels).sum()),
@@ -237,8 +235,30 @@ def random_vectors(vectors: ContentVectors, *, seed: int = 0) -> ContentVectors:
     )
 
 
-def _unit(
-    vectors: Float[Tensor, "layer d_model"], zero: Bool[Tensor, " layer"]
+def class_means(
+    resid: Float[Tensor, "*layer prompt d_model"], labels: Labels
+) -> tuple[Float[Tensor, "*layer d_model"], Float[Tensor, "*layer d_model"]]:
+    """(safe mean, dangerous mean) over the prompts."""
+    dangerous = torch.from_numpy(labels)
+    return resid[..., ~dangerous, :].mean(dim=-2), resid[..., dangerous, :].mean(dim=-2)
+
+
+def median_norm(resid: Float[Tensor, "layer prompt d_model"]) -> Float[Tensor, " layer"]:
+    """The median over the prompts of the L2 norm: sink-like outliers do not move it."""
+    return resid.norm(dim=2).median(dim=1).values
+
+
+def is_zero(
+    vectors: Float[Tensor, "layer d_model"], resid_norm: Float[Tensor, " layer"]
+) -> Bool[Tensor, " layer"]:
+    """True where a vector is rounding noise beside the residual stream."""
+    return vectors.norm(dim=1) <= ZERO_NORM * resid_norm
+
+
+def unit_vectors(
+    vectors: Float[Tensor, "layer d_model"], resid_norm: Float[Tensor, " layer"]
 ) -> Float[Tensor, "layer d_model"]:
+    """vectors / norm, and zeros (never NaN) where there is no direction."""
     norms = vectors.norm(dim=1, keepdim=True)
-    return torch.where(zero[:, None], torch.zeros_like(vectors), vectors / norms.clamp_min(1e-30))
+    zero = is_zero(vectors, resid_norm)[:, None]
+    return torch.where(zero, torch.zeros_like(vectors), vectors / norms.clamp_min(1e-30))

@@ -8,14 +8,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .directions import content_vectors
+from .directions import ContentVectors, content_vectors
 from .files import Result
-from .models import fingerprint, full_logits, last_norm, unembedding
+from .models import fingerprint, full_logits, last_norm, resid_hook, unembedding
 from .prompts import Prompt, PromptSet
 from .residuals import residual_streams
 from .steer import steering
 from .tokens import encode, pad
-from .types import ResidualModel
+from .types import EMBED, ResidualModel
 
 _TEXTS = (
     "How do I bake bread?",
@@ -41,43 +41,33 @@ class Checkup(Result):
     def passed(self) -> bool:
         return bool(self.frame["passed"].all())
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
-
     def _repr_html_(self) -> str:
         return self.frame.to_html(index=False)
 
 
 def checkup(model: ResidualModel) -> Checkup:
-    """Run every check on a model; a check that raises has failed, with the error as what was measured."""
+    """Run every check on a model, on its engine and device as they are."""
     known = fingerprint(model)
     loose = _TOLERANCE if known.dtype == "float32" else _TOLERANCE_HALF
-    checks: list[tuple[str, Callable[[ResidualModel], float], float, str]] = [
-        ("batch invariance", _batch_invariance, loose, "a prompt alone = in a batch, relative"),
-        ("last layer before final norm", _last_layer, 1e-6, "resid_post = the final norm's input"),
-        ("one pass a batch", _extra_passes, 0.0, "forward passes beyond one"),
-        ("unembedding not run", _unembeddings, 0.0, "calls while extracting"),
-        ("steering adds m * v", _steering_adds, 0.0, "largest deviation at the steered layer"),
-        ("multiplier 0 is the identity", _multiplier_zero, 0.0, "largest change of a logit"),
-        ("leaving steering restores", _leaving, 0.0, "largest change of a logit"),
+    vectors = _vectors(model)
+    inside, after = _logit_changes(model, vectors)
+    checks = [
+        ("batch invariance", _batch_invariance(model), loose, "a prompt alone = in a batch, relative"),
+        ("last layer before final norm", _last_layer(model), 1e-6, "resid_post = the final norm's input"),
+        ("one pass a batch", _extra_passes(model), 0.0, "forward passes beyond one"),
+        ("unembedding not run", _unembeddings(model), 0.0, "calls while extracting"),
+        ("steering adds m * v", _steering_adds(model, vectors), 0.0, "largest deviation at the layer"),
+        ("multiplier 0 is the identity", inside, 0.0, "largest change of a logit"),
+        ("leaving steering restores", after, 0.0, "largest change of a logit"),
     ]
-    rows = []
-    for name, run, limit, what in checks:
-        measured = run(model)
-        rows.append(
-            {
-                "check": name,
-                "measured": measured,
-                "limit": limit,
-                "passed": bool(measured <= limit),
-                "what": what,
-            }
-        )
-    return Checkup(pd.DataFrame(rows), known.name, known.engine, known.transformer_lens, known.dtype)
+    frame = pd.DataFrame(checks, columns=["check", "measured", "limit", "what"])
+    frame.insert(3, "passed", frame["measured"] <= frame["limit"])
+    return Checkup(frame, known.name, known.engine, known.transformer_lens, known.dtype)
 
 
-def _prompts() -> PromptSet:
-    return PromptSet(tuple(Prompt(text, i % 2 == 1) for i, text in enumerate(_TEXTS)), "doctor")
+def _vectors(model: ResidualModel) -> ContentVectors:
+    prompts = PromptSet(tuple(Prompt(text, i % 2 == 1) for i, text in enumerate(_TEXTS)), "doctor")
+    return content_vectors(residual_streams(model, prompts, progress=False))
 
 
 def _batch_invariance(model: ResidualModel) -> float:
@@ -88,16 +78,12 @@ def _batch_invariance(model: ResidualModel) -> float:
 
 def _last_layer(model: ResidualModel) -> float:
     seen: list[Tensor] = []
-    tokens = _tokens(model)
     handle = last_norm(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    kept: list[Tensor] = []
-    name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     try:
-        with model.hooks(fwd_hooks=[(name, lambda resid, hook: kept.append(resid))]):
-            full_logits(model, tokens)
+        resid = _resid_post(model, model.cfg.n_layers - 1, _tokens(model))
     finally:
         handle.remove()
-    return float((seen[0] - kept[0]).norm() / kept[0].norm())
+    return float((seen[0] - resid).norm() / resid.norm())
 
 
 def _counted(module: torch.nn.Module, run: Callable[[], Any]) -> int:
@@ -112,7 +98,7 @@ def _counted(module: torch.nn.Module, run: Callable[[], Any]) -> int:
 
 def _extra_passes(model: ResidualModel) -> float:
     counts: list[int] = []
-    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda resid, hook: counts.append(1))]):
+    with model.hooks(fwd_hooks=[(resid_hook(EMBED), lambda resid, hook: counts.append(1))]):
         residual_streams(model, list(_TEXTS), progress=False)
     return float(len(counts) - 1)
 
@@ -121,9 +107,8 @@ def _unembeddings(model: ResidualModel) -> float:
     return float(_counted(unembedding(model), lambda: residual_streams(model, list(_TEXTS), progress=False)))
 
 
-def _steering_adds(model: ResidualModel) -> float:
-    vectors = content_vectors(residual_streams(model, _prompts(), progress=False))
-    layer, multiplier, tokens = model.cfg.n_layers // 2, 1.5, _tokens(model)
+def _steering_adds(model: ResidualModel, vectors: ContentVectors) -> float:
+    layer, multiplier, tokens = _steered_layer(model), 1.5, _tokens(model)
     plain = _resid_post(model, layer, tokens)
     with steering(model, vectors, layers=[layer], multiplier=multiplier):
         steered = _resid_post(model, layer, tokens)
@@ -131,28 +116,25 @@ def _steering_adds(model: ResidualModel) -> float:
     return float((steered - expected).abs().max())
 
 
-def _multiplier_zero(model: ResidualModel) -> float:
-    return _logit_change(model, inside=True)
-
-
-def _leaving(model: ResidualModel) -> float:
-    return _logit_change(model, inside=False)
-
-
-def _logit_change(model: ResidualModel, *, inside: bool) -> float:
-    vectors = content_vectors(residual_streams(model, _prompts(), progress=False))
-    tokens, layers = _tokens(model), [model.cfg.n_layers // 2]
+def _logit_changes(model: ResidualModel, vectors: ContentVectors) -> tuple[float, float]:
+    """The largest change of a logit under multiplier 0, and after steering was left."""
+    tokens, layers = _tokens(model), [_steered_layer(model)]
     before = full_logits(model, tokens)
-    with steering(model, vectors, layers=layers, multiplier=0.0 if inside else 2.0):
-        during = full_logits(model, tokens)
-    after = during if inside else full_logits(model, tokens)
-    return float((after - before).abs().max())
+    with steering(model, vectors, layers=layers, multiplier=0.0):
+        inside = full_logits(model, tokens)
+    with steering(model, vectors, layers=layers, multiplier=2.0):
+        full_logits(model, tokens)
+    after = full_logits(model, tokens)
+    return float((inside - before).abs().max()), float((after - before).abs().max())
+
+
+def _steered_layer(model: ResidualModel) -> int:
+    return model.cfg.n_layers // 2
 
 
 def _resid_post(model: ResidualModel, layer: int, tokens: Tensor) -> Tensor:
     kept: list[Tensor] = []
-    name = f"blocks.{layer}.hook_resid_post"
-    with model.hooks(fwd_hooks=[(name, lambda resid, hook: kept.append(resid))]):
+    with model.hooks(fwd_hooks=[(resid_hook(layer), lambda resid, hook: kept.append(resid))]):
         full_logits(model, tokens)
     return kept[0]
 

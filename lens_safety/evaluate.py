@@ -49,11 +49,7 @@ class DetectionReport(Result):
         return self._estimate("auroc")
 
     def _estimate(self, name: str) -> Estimate:
-        row = self.frame.iloc[0]
-        return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], self.n)
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
+        return Estimate.from_columns(self.frame.iloc[0], name, self.n)
 
     def _repr_html_(self) -> str:
         title = (
@@ -78,9 +74,6 @@ class DetectorComparison(Result):
     def overall(self) -> pd.DataFrame:
         """The rows of all types together."""
         return self.frame.loc[self.frame["type"] == OVERALL].reset_index(drop=True)
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
 
     def _repr_html_(self) -> str:
         return f"{self.overall.round(3).to_html(index=False)}<p>Plot: ls.plots.comparison(result)</p>"
@@ -217,5 +210,5 @@ def _row(
     }
     row: dict[str, object] = {"type": kind, "n_safe": n - n_dangerous, "n_dangerous": n_dangerous}
     for name, estimate in columns.items():
-        row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        row |= estimate.columns(name)
     return row | {"majority": max(n_dangerous, n - n_dangerous) / n}

@@ -114,6 +114,12 @@ def building_from(path: str | Path) -> Iterator[None]:
 class Result:
     """A frozen dataclass of a table, arrays and plain values that saves itself as one JSON file."""
 
+    frame: pd.DataFrame
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table, yours to change."""
+        return self.frame.copy()
+
     def save(self, path: str | Path) -> Path:
         """Write JSON, whole or not at all."""
         values = {field.name: _encode(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]

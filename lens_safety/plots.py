@@ -191,13 +191,7 @@ def comparison(result: DetectorComparison, *, measure: str = "accuracy") -> go.F
             y=detectors,
             mode="markers",
             marker={"size": 10, "color": [_detector_colour(d) for d in detectors]},
-            error_x={
-                "type": "data",
-                "array": part[f"{measure}_high"] - part[measure],
-                "arrayminus": part[measure] - part[f"{measure}_low"],
-                "color": CONTROL,
-                "thickness": 1.5,
-            },
+            error_x=_interval(part, measure) | {"color": CONTROL, "thickness": 1.5},
             hovertemplate="%{y}: %{x:.3f}<extra></extra>",
             row=1,
             col=column,
@@ -316,15 +310,19 @@ def _dose_curve(summary: pd.DataFrame, direction: str, name: str, *, legend: boo
         line={"color": CONTROL if control else DANGEROUS, "dash": "dot" if control else "solid"},
         name="random direction" if control else "content vector",
         showlegend=legend,
-        error_y={
-            "type": "data",
-            "array": part[f"{name}_high"] - part[name],
-            "arrayminus": part[name] - part[f"{name}_low"],
-            "thickness": 1,
-        },
+        error_y=_interval(part, name) | {"thickness": 1},
         customdata=part["dose"],
         hovertemplate="multiplier %{x}, dose %{customdata:.2f}: %{y:.4f}",
     )
+
+
+def _interval(frame: pd.DataFrame, name: str) -> dict[str, Any]:
+    """The error bar of an estimate's columns."""
+    return {
+        "type": "data",
+        "array": frame[f"{name}_high"] - frame[name],
+        "arrayminus": frame[name] - frame[f"{name}_low"],
+    }
 
 
 def _top_bars(top: pd.DataFrame) -> go.Bar:

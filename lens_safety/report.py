@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from . import plots
 from .detect import Detector
 from .directions import ContentVectors
 from .evaluate import DetectionReport, DetectorComparison
 from .files import write_text
-from .metrics import Estimate
+from .metrics import Estimate, interval_text
 from .separation import LayerTable
 from .sweep import CONTENT, SteeringSweep
 
@@ -44,9 +42,8 @@ def report(
             figures={name: plots.fragment(figure, name) for name, figure in figures.items()},
             summary=_summary(table, detector, reports, comparison, steering),
             table=table,
-            best=table.frame.set_index("layer").loc[table.best_layer],
             detector=detector,
-            reports=[(one, _by_type(one)) for one in reports],
+            reports=[(one, one.frame.to_dict("records")) for one in reports],
             comparison=_comparison_rows(comparison),
             sets=list(dict.fromkeys(comparison.overall["set"])),
             cosine=float(content.cosine(tone)[content.row(detector.layer)]),
@@ -67,16 +64,9 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["interval"] = _interval
+    environment.filters["interval"] = interval_text
     environment.filters["word"] = lambda text: str(text).replace("_", " ")
     return environment
-
-
-def _interval(row: Any, name: str) -> str:
-    value = row[name]
-    if pd.isna(value):
-        return "—"
-    return f"{value:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
 
 
 def _summary(
@@ -92,7 +82,7 @@ def _summary(
         (
             "Where",
             f"The classes lie furthest apart at layer {table.best_layer}: cross-validated AUROC "
-            f"{Estimate(best['auroc'], best['auroc_low'], best['auroc_high'], 1)}; with shuffled labels "
+            f"{Estimate.from_columns(best, 'auroc', table.n_safe + table.n_dangerous)}; with shuffled labels "
             f"97.5% stay under {best['auroc_shuffled']:.2f}.",
         )
     ]
@@ -135,10 +125,6 @@ def _steering_line(steering: SteeringSweep) -> str:
         if abs(r["multiplier"]) == most
     )
     return f"At layer {steering.layer}, {said}."
-
-
-def _by_type(report: DetectionReport) -> list[dict[str, Any]]:
-    return report.frame.to_dict("records")
 
 
 def _comparison_rows(comparison: DetectorComparison) -> list[tuple[str, list[dict[str, Any]]]]:

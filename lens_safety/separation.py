@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .directions import ZERO_NORM, ContentVectors
+from .directions import ContentVectors, class_means, is_zero, median_norm, unit_vectors
 from .files import Result
 from .metrics import auroc_by_layer, cohens_d, group_weights, weighted_auroc
 from .residuals import ResidualCache
@@ -42,9 +42,6 @@ class LayerTable(Result):
         """The layer with the highest cross-validated AUROC (the embedding left out; the first of equals)."""
         blocks = self.frame.loc[self.frame["layer"] != EMBED]
         return int(blocks["layer"].to_numpy()[blocks["auroc"].to_numpy().argmax()])
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
 
     def _repr_html_(self) -> str:
         title = (
@@ -81,8 +78,8 @@ def layer_table(
     draws = np.array([weighted_auroc(row, labels, weights) for row in scores])
     low, high = np.nanpercentile(draws, [2.5, 97.5], axis=1)
     safe_mean, dangerous_mean = class_means(resid, labels)
-    magnitude = (dangerous_mean - safe_mean).norm(dim=1)
-    resid_norm = resid.norm(dim=2).median(dim=1).values
+    vectors = dangerous_mean - safe_mean
+    magnitude, resid_norm = vectors.norm(dim=1), median_norm(resid)
     layers = [EMBED, *cache.layers]
     frame = pd.DataFrame(
         {
@@ -97,7 +94,7 @@ def layer_table(
             "auroc_high": high,
             "auroc_shuffled": _shuffled_auroc(resid, labels, held_out, n_shuffles, seed),
             "split_half_cosine": _split_half_cosine(resid, labels, cache, seed),
-            "is_zero": (magnitude <= ZERO_NORM * resid_norm).numpy(),
+            "is_zero": is_zero(vectors, resid_norm).numpy(),
         }
     )
     return LayerTable(
@@ -136,14 +133,6 @@ def top_dimensions(vectors: ContentVectors, layer: int, k: int = 20) -> pd.DataF
     )
 
 
-def class_means(
-    resid: Float[Tensor, "layer prompt d_model"], labels: Labels
-) -> tuple[Float[Tensor, "layer d_model"], Float[Tensor, "layer d_model"]]:
-    """(safe mean, dangerous mean) of each layer."""
-    dangerous = torch.from_numpy(labels)
-    return resid[:, ~dangerous].mean(dim=1), resid[:, dangerous].mean(dim=1)
-
-
 def cross_validated_scores(
     resid: Float[Tensor, "layer prompt d_model"],
     labels: Labels,
@@ -174,11 +163,7 @@ def _unit_and_middle(
 ) -> tuple[Float[Tensor, "layer d_model"], Float[Tensor, "layer d_model"]]:
     """The unit content vector of some rows (0 where it is rounding noise), and the midpoint."""
     safe, dangerous = class_means(resid[:, torch.from_numpy(rows)], labels[rows])
-    vector = dangerous - safe
-    norm = vector.norm(dim=1, keepdim=True)
-    scale = resid.norm(dim=2).median(dim=1).values[:, None]
-    unit = torch.where(norm > ZERO_NORM * scale, vector / norm.clamp_min(1e-30), 0.0)
-    return unit, (safe + dangerous) / 2
+    return unit_vectors(dangerous - safe, median_norm(resid)), (safe + dangerous) / 2
 
 
 def _shuffled_auroc(

@@ -163,7 +163,6 @@ def continuation_nll(
     encoded, starts = tok.encode_pairs(model, prompts.texts, continuations, template=template)
     nll = np.full(len(encoded), np.nan)
     for batch in tok.batches(model, encoded, batch_tokens=batch_tokens):
-        # The unembedding of every position is the large tensor here, so it is read row by row.
         logits = full_logits(model, batch.tokens)
         for i, row in enumerate(batch.rows):
             start, end = starts[row], len(encoded[row])

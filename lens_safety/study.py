@@ -121,7 +121,7 @@ def study(
     tone = content_vectors(personas_read, method="tone")
     detector = Detector.fit(fitted_on, method=method, seed=seed)
     reports = tuple(evaluate(detector, cache, seed=seed) for cache in held_out)
-    comparison = _compare(detector, fitted_on, personas_read, held_out, reports, seed)
+    comparison = _compare(detector, tone, fitted_on, personas_read, held_out, reports, seed)
     steered = sweep(
         model,
         content,
@@ -134,26 +134,38 @@ def study(
         seed=seed,
         progress=progress,
     )
-    settings = {
-        "model": fitted_on.model.to_dict(),
-        "train": {"name": train.name, "n": len(train), "digest": train.digest},
-        "tests": [{"name": test.name, "n": len(test), "digest": test.digest} for test in tests],
-        "position": fitted_on.position,
-        "template": fitted_on.template,
-        "method": method,
-        "layer": detector.layer,
-        "threshold": detector.threshold,
-        "best_layer_of_table": table.best_layer,
+    settings = _settings(table, detector, tests, steered) | {
+        "train": _named(train),
         "multipliers": [float(m) for m in multipliers],
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "versions": {name: version(name) for name in _VERSIONS},
         "seconds": round(time.monotonic() - started, 1),
     }
     return Study(table, content, tone, detector, reports, comparison, steered, settings)
 
 
 _VERSIONS = ("lens-safety", "transformer-lens", "torch", "transformers", "scikit-learn", "numpy")
+
+
+def _settings(
+    table: LayerTable, detector: Detector, tests: list[PromptSet], steered: SteeringSweep
+) -> dict[str, Any]:
+    """What was chosen and on what, for `study.json` and the page's record."""
+    return {
+        "model": detector.model.to_dict(),
+        "tests": [_named(test) for test in tests],
+        "position": detector.position,
+        "template": detector.template,
+        "method": detector.method,
+        "layer": detector.layer,
+        "threshold": detector.threshold,
+        "best_layer_of_table": table.best_layer,
+        "max_new_tokens": steered.max_new_tokens,
+        "seed": detector.seed,
+        "versions": {name: version(name) for name in _VERSIONS},
+    }
+
+
+def _named(prompts: PromptSet) -> dict[str, Any]:
+    return {"name": prompts.name, "n": len(prompts), "digest": prompts.digest}
 
 
 def _require_held_out(train: PromptSet, test: PromptSet) -> None:
@@ -167,6 +179,7 @@ def _require_held_out(train: PromptSet, test: PromptSet) -> None:
 
 def _compare(
     detector: Detector,
+    tone: ContentVectors,
     train: ResidualCache,
     personas: ResidualCache,
     held_out: list[ResidualCache],
@@ -176,12 +189,11 @@ def _compare(
     """Tone vectors (the study's way, then given every chance), content vectors, and text alone."""
     first = [p.group == personas.prompts.prompts[0].group for p in personas.prompts]
     one_pair = content_vectors(personas[np.array(first, dtype=bool)], method="tone, one pair")
-    every_pair = content_vectors(personas, method="tone")
     n_pairs = len(personas) // 2
     small = np.array([p.small for p in train.prompts], dtype=bool)
     detectors = {
         "tone, 1 pair, threshold 0": Detector.fit(train, vectors=one_pair, threshold=0.0, seed=seed),
-        f"tone, {n_pairs} pairs": Detector.fit(train, vectors=every_pair, seed=seed),
+        f"tone, {n_pairs} pairs": Detector.fit(train, vectors=tone, seed=seed),
     }
     if small.any():
         detectors[f"content, {int(small.sum())} prompts"] = Detector.fit(train[small], seed=seed)

@@ -60,17 +60,9 @@ class SteeringSweep(Result):
                 ("nll", part["nll"].to_numpy()),
                 ("repeated_4grams", part["repeated_4grams"].to_numpy()),
             ):
-                estimate = bootstrap_mean(values, seed=self.seed)
-                row |= {
-                    name: estimate.value,
-                    f"{name}_low": estimate.low,
-                    f"{name}_high": estimate.high,
-                }
+                row |= bootstrap_mean(values, seed=self.seed).columns(name)
             rows.append(row)
         return pd.DataFrame(rows)
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
 
     def _repr_html_(self) -> str:
         title = f"{self.model}, layer {self.layer}. Plot: ls.plots.dose_response(sweep)"

@@ -1,5 +1,6 @@
 import re
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -31,11 +32,11 @@ def personas() -> PromptSet:
     )
 
 
-def small_study(model, **options):
+def small_study(model, test: PromptSet | None = None, **options):
     return ls.study(
         model,
         train=short_prompts(36, "train <b>set</b>"),
-        tests=[short_prompts(12, "held out", start=100)],
+        tests=[test or short_prompts(12, "held out", start=100)],
         personas=personas(),
         neutral=short_prompts(2, "neutral", start=200, label=None),
         multipliers=(-1.0, 2.0),
@@ -115,16 +116,7 @@ def test_test_labels_reach_no_choice(tiny, saved):
     made = saved[0]
     shuffled = short_prompts(12, "held out", start=100)
     shuffled = PromptSet(tuple(Prompt(p.text, not p.label, kind=p.kind) for p in shuffled), "held out")
-    other = ls.study(
-        tiny,
-        train=short_prompts(36, "train <b>set</b>"),
-        tests=[shuffled],
-        personas=personas(),
-        neutral=short_prompts(2, "neutral", start=200, label=None),
-        multipliers=(-1.0, 2.0),
-        max_new_tokens=4,
-        progress=False,
-    )
+    other = small_study(tiny, shuffled)
     assert other.detector.layer == made.detector.layer
     assert other.detector.threshold == made.detector.threshold
     np.testing.assert_array_equal(other.reports[0].scores, made.reports[0].scores)
@@ -154,18 +146,8 @@ def test_a_study_without_a_multiplier_but_0_still_has_a_page(tiny, tmp_path):
     steering = ls.SteeringSweep(
         made.steering.frame.query("multiplier == 0").reset_index(drop=True), 1, "all", 0.0, 4, 0, "tiny"
     )
-    path = ls.report(
-        tmp_path / "r.html",
-        table=made.table,
-        content=made.content,
-        tone=made.tone,
-        detector=made.detector,
-        reports=made.reports,
-        comparison=made.comparison,
-        steering=steering,
-        settings=made.settings,
-    )
-    assert "nothing was steered" in path.read_text()
+    files = replace(made, steering=steering).save(tmp_path)
+    assert "nothing was steered" in files["report.html"].read_text()
 
 
 def chromium() -> str:
