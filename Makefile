@@ -5,6 +5,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Threads that spin for a core that another process has slow torch down tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup gemma study analyses test check format clean
 

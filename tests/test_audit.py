@@ -353,8 +353,15 @@ def test_more_labels_do_not_hurt_where_there_is_something_to_learn():
 def test_a_point_of_the_curve_is_a_detector_of_that_many_labels(monkeypatch):
     train, test = in_pairs(along(AXES[0], "train", 96)), along(AXES[0], "test", 60, seed=1)
     parts: list[ResidualCache] = []
+    fitted: list[ls.Detector] = []
     fit = ls.Detector.fit
-    monkeypatch.setattr(ls.Detector, "fit", lambda cache, **given: parts.append(cache) or fit(cache, **given))
+
+    def kept(cache: ResidualCache, **given) -> ls.Detector:
+        parts.append(cache)
+        fitted.append(fit(cache, **given))
+        return fitted[-1]
+
+    monkeypatch.setattr(ls.Detector, "fit", kept)
     made = label_curve(train, test, sizes=(10, 33, 48, 1000), seeds=3, **FAST)
     assert (
         [len(part) for part in parts] == list(made.frame["labels"]) == [10] * 3 + [33] * 3 + [48] * 3 + [96]
@@ -373,6 +380,10 @@ def test_a_point_of_the_curve_is_a_detector_of_that_many_labels(monkeypatch):
     assert last["auroc"] == pytest.approx(auroc_of(whole, test))
     assert last["accuracy"] == (whole.predict(test) == test.prompts.labels).mean()
     assert (last["detector"], last["seed"]) == ("one-vector at layer 1", 0)
+    right = [(detector.predict(test) == test.prompts.labels).mean() for detector in fitted]
+    assert list(made.frame["accuracy"]) == right
+    at_zero = [((detector.score(test) > 0) == test.prompts.labels).mean() for detector in fitted]
+    assert right != at_zero
     again = label_curve(train, test, sizes=(10, 33, 48), seeds=3, **FAST)
     pd.testing.assert_frame_equal(again.frame, made.frame)
 
@@ -445,6 +456,12 @@ def test_where_they_are_orthogonal_detection_does_not():
     assert row["auroc_without_tone"] == pytest.approx(row["auroc"], abs=0.02)
     assert row["auroc"] > 0.95
     assert (frame.loc[[0, 2], "auroc"] < 0.7).all()
+    cosines = [
+        (ls.content_vectors(shuffled(train, seed=seed)).unit * tone_of(AXES[1]).unit).sum(dim=1)[1]
+        for seed in range(40)
+    ]
+    assert row["null_low"] == pytest.approx(np.percentile(cosines, 2.5), abs=1e-5)
+    assert row["null_high"] == pytest.approx(np.percentile(cosines, 97.5), abs=1e-5)
 
 
 def grid(points: list[tuple[float, float]], labels: list[bool], name: str, **columns: list) -> ResidualCache:
