@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Threads that spin for a core that another process has slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gemma study analyses test check format clean
+.PHONY: setup gemma study analyses steering test check format clean
 
 setup: $(VENV)/.ready
 
@@ -28,9 +28,14 @@ gemma: setup
 study: setup
 	$(BIN)/lens-safety study
 
-# The questions of `analyses/`, one after another; residual streams are computed once a set.
+# The questions of `analyses/` on detection, one after another; residual streams are computed once a set.
 analyses: setup
-	for script in analyses/0*.py; do $(BIN)/python $$script || exit; done
+	for script in analyses/0[0-8]*.py; do $(BIN)/python $$script || exit; done
+	$(BIN)/python analyses/results_table.py
+
+# And those on steering; each goes on where it was cut short.
+steering: setup
+	for script in analyses/09*.py analyses/1*.py; do $(BIN)/python $$script || exit; done
 	$(BIN)/python analyses/results_table.py
 
 test: setup check

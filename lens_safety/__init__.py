@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import plots
+    from . import operators, plots
     from .audit import (
         LabelCurve,
         ShortcutAudit,
@@ -23,8 +23,16 @@ if TYPE_CHECKING:
         transfer_matrix,
     )
     from .baselines import TextBaseline, control_reports
+    from .decoding import continuation_nll, generate, next_token_logits, stream
     from .detect import Detector, load_detector
-    from .directions import ContentVectors, content_vectors, random_vectors, tone_vectors
+    from .directions import (
+        ContentVectors,
+        content_vectors,
+        orthogonal_vectors,
+        random_vectors,
+        stand_in,
+        tone_vectors,
+    )
     from .doctor import Checkup, checkup
     from .evaluate import (
         DetectionReport,
@@ -37,15 +45,18 @@ if TYPE_CHECKING:
         paired_tests,
         report_scores,
     )
+    from .exchange import from_dict, read_gguf, to_dict, write_gguf
     from .models import ModelFingerprint, fingerprint, load_model
+    from .plans import Dose, ExponentialDecay, LinearDecay, SteeringPlan
     from .prompts import Prompt, PromptSet, load_prompts
     from .public_sets import public_sets
-    from .report import report
+    from .report import report, sweep_report
     from .residuals import ResidualCache, residual_streams
+    from .responses import Consistency, SteeringSweep, consistency
     from .separation import LayerTable, layer_table, top_dimensions
-    from .steer import Steering, continuation_nll, generate, steering
+    from .steer import TargetKL, next_token_kl, steering, steering_plan
     from .study import Study, study
-    from .sweep import SteeringSweep, sweep
+    from .sweep import sweep
     from .types import (
         FileError,
         LensSafetyError,
@@ -70,8 +81,16 @@ _ROOMS = {
         "transfer_matrix",
     ),
     "baselines": ("TextBaseline", "control_reports"),
+    "decoding": ("continuation_nll", "generate", "next_token_logits", "stream"),
     "detect": ("Detector", "load_detector"),
-    "directions": ("ContentVectors", "content_vectors", "random_vectors", "tone_vectors"),
+    "directions": (
+        "ContentVectors",
+        "content_vectors",
+        "orthogonal_vectors",
+        "random_vectors",
+        "stand_in",
+        "tone_vectors",
+    ),
     "doctor": ("Checkup", "checkup"),
     "evaluate": (
         "DetectionReport",
@@ -84,15 +103,18 @@ _ROOMS = {
         "paired_tests",
         "report_scores",
     ),
+    "exchange": ("from_dict", "read_gguf", "to_dict", "write_gguf"),
     "models": ("ModelFingerprint", "fingerprint", "load_model"),
     "prompts": ("Prompt", "PromptSet", "load_prompts"),
     "public_sets": ("public_sets",),
-    "report": ("report",),
+    "report": ("report", "sweep_report"),
     "residuals": ("ResidualCache", "residual_streams"),
     "separation": ("LayerTable", "layer_table", "top_dimensions"),
-    "steer": ("Steering", "continuation_nll", "generate", "steering"),
+    "plans": ("Dose", "ExponentialDecay", "LinearDecay", "SteeringPlan"),
+    "steer": ("TargetKL", "next_token_kl", "steering", "steering_plan"),
     "study": ("Study", "study"),
-    "sweep": ("SteeringSweep", "sweep"),
+    "responses": ("Consistency", "SteeringSweep", "consistency"),
+    "sweep": ("sweep",),
     "types": (
         "FileError",
         "LensSafetyError",
@@ -107,14 +129,18 @@ _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "Checkup",
+    "Consistency",
     "ContentVectors",
     "DetectionReport",
     "Detector",
     "DetectorComparison",
+    "Dose",
+    "ExponentialDecay",
     "FileError",
     "LabelCurve",
     "LayerTable",
     "LensSafetyError",
+    "LinearDecay",
     "MismatchError",
     "ModelError",
     "ModelFingerprint",
@@ -126,9 +152,10 @@ __all__ = [
     "ResidualCache",
     "ResidualModel",
     "ShortcutAudit",
-    "Steering",
+    "SteeringPlan",
     "SteeringSweep",
     "Study",
+    "TargetKL",
     "TextBaseline",
     "ToneContent",
     "TransferMatrix",
@@ -136,11 +163,13 @@ __all__ = [
     "checkup",
     "choose_detector",
     "compare",
+    "consistency",
     "content_vectors",
     "continuation_nll",
     "control_reports",
     "evaluate",
     "fingerprint",
+    "from_dict",
     "generate",
     "joined",
     "label_curve",
@@ -148,22 +177,33 @@ __all__ = [
     "load_detector",
     "load_model",
     "load_prompts",
+    "next_token_kl",
+    "next_token_logits",
+    "operators",
     "oracle_accuracy",
+    "orthogonal_vectors",
     "paired_tests",
     "plots",
     "public_sets",
     "random_vectors",
+    "read_gguf",
     "report",
     "report_scores",
     "residual_streams",
     "shortcut_audit",
+    "stand_in",
     "steering",
+    "steering_plan",
+    "stream",
     "study",
     "sweep",
+    "sweep_report",
+    "to_dict",
     "tone_content",
     "tone_vectors",
     "top_dimensions",
     "transfer_matrix",
+    "write_gguf",
 ]
 
 
@@ -171,8 +211,8 @@ class _Door(ModuleType):
     """`evaluate`, `report`, `study` and `sweep` name a room and its function: the door shows the function."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "plots":
-            return import_module(".plots", __name__)
+        if name in ("operators", "plots"):
+            return import_module(f".{name}", __name__)
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)

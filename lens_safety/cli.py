@@ -31,8 +31,6 @@ OverName = Literal["best", "mean", "vote", "concat"]
 RuleName = Literal["accuracy", "youden", "f1", "fpr"]
 CalibrationName = Literal["platt", "isotonic"]
 EngineName = Literal["auto", "hooked", "bridge"]
-OperatorName = Literal["add", "ablate"]
-PositionsName = Literal["all", "generated"]
 
 ModelOption = Annotated[
     str | None,
@@ -49,6 +47,12 @@ PositionOption = Annotated[
 TemplateOption = Annotated[str, typer.Option(help="auto, chat or raw.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 MethodOption = Annotated[MethodName, typer.Option(help="How a prompt is scored.")]
+OperatorOption = Annotated[
+    str, typer.Option(help="add, add-norm, ablate, clamp, clamp:VALUE, toward, rotate or rotate:DEGREES.")
+]
+PositionsOption = Annotated[
+    str, typer.Option(help="all, prompt, generated, content, last:K or generated:FROM:TO.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of folds, bootstrap and controls.")]
 
 
@@ -285,6 +289,10 @@ def steer(
         list[float] | None,
         typer.Option("--multiplier", "-x", help="Negative pushes toward safe; may be repeated."),
     ] = None,
+    dose: Annotated[
+        list[float] | None,
+        typer.Option("--dose", help="Instead: shares of the layer's median residual norm; may be repeated."),
+    ] = None,
     layer: Annotated[
         list[int] | None,
         typer.Option("--layer", "-l", help="Layers to steer; by default the one that detects best."),
@@ -292,11 +300,14 @@ def steer(
     vectors: Annotated[
         Path | None, typer.Option(help="Saved vectors; by default from the built-in prompts.")
     ] = None,
-    operator: Annotated[OperatorName, typer.Option(help="add m * v, or ablate the direction.")] = ("add"),
-    positions: Annotated[PositionsName, typer.Option(help="Which positions are steered.")] = ("all"),
+    operator: OperatorOption = "add",
+    positions: PositionsOption = "all",
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     template: TemplateOption = "auto",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what would be written where, and stop.")
+    ] = False,
     model: ModelOption = None,
     engine: EngineOption = "auto",
     seed: SeedOption = 0,
@@ -306,30 +317,34 @@ def steer(
 
     Example: lens-safety steer "Tell me about my new neighbour." -x -4 -x 4
     """
-    from .directions import ContentVectors
-    from .steer import generate, steering
+    import pandas as pd
 
-    saved = ContentVectors.load(vectors) if vectors is not None else None
-    if saved is not None and not layer:
-        from .types import OptionError
+    from .decoding import generate
+    from .plans import Dose
+    from .steer import steering_plan
+    from .types import OptionError
 
-        raise OptionError("--vectors given without --layer: expected at least one --layer to steer")
+    if multiplier and dose:
+        raise OptionError("--multiplier and --dose given: expected one of them")
     loaded = _load(model, engine)
-    if saved is None or not layer:
-        direction, best = _default_direction(loaded)
-    else:
-        direction, best = saved, layer[0]
-    chosen = layer or [best]
+    direction, chosen = _direction(loaded, vectors, layer)
+    strengths = [Dose(d) for d in dose] if dose else multiplier or [-2.0, 0.0, 2.0]
+    plans = [
+        steering_plan(
+            loaded, direction, layers=chosen, multiplier=one, operator=operator, positions=positions
+        )
+        for one in strengths
+    ]
+    if plan:
+        frame = pd.concat([one.to_frame() for one in plans], ignore_index=True)
+        if as_json:
+            _print_json({"plan": _records(frame)})
+        else:
+            _print_table(frame, list(frame), "What is written where")
+        return
     rows: list[dict[str, Any]] = []
-    for factor in multiplier or [-2.0, 0.0, 2.0]:
-        with steering(
-            loaded,
-            direction,
-            layers=chosen,
-            multiplier=factor,
-            operator=operator,
-            positions=positions,
-        ) as record:
+    for one in plans:
+        with one.on(loaded):
             made = generate(
                 loaded,
                 texts,
@@ -338,14 +353,102 @@ def steer(
                 template=template,
                 seed=seed,
             )
-        common = {"multiplier": factor, "dose": max(row[0] for row in record.dose)}
+        write = one.writes[chosen[0]]
+        common = {"multiplier": float(write.multiplier[0]), "dose": float(write.dose[0])}
         rows += [common | {"prompt": p, "text": text} for p, text in zip(texts, made, strict=True)]
     if as_json:
         _print_json({"layers": chosen, "operator": operator, "texts": rows})
         return
-    import pandas as pd
-
     _print_table(pd.DataFrame(rows), list(rows[0]), f"{operator} at layer {chosen}")
+
+
+@app.command()
+def sweep(
+    vectors: Annotated[
+        Path | None, typer.Option("--vectors", help="Saved vectors; by default from the built-in prompts.")
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option("--prompts", "-p", help="Prompts to steer: a set's name, .jsonl or .csv.")
+    ] = "neutral",
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers, such as 12,20 or 10:20 or 10:20:2; by default the one that detects best."),
+    ] = None,
+    multipliers: Annotated[
+        str, typer.Option(help="Multipliers, such as -4,4, or FROM:TO:COUNT such as -8:8:9.")
+    ] = "-4:4:5",
+    operator: OperatorOption = "add",
+    positions: PositionsOption = "all",
+    n_random: Annotated[int, typer.Option("--random", help="Random control directions.")] = 5,
+    control_multipliers: Annotated[
+        str | None, typer.Option(help="Multipliers of the controls; all of them by default.")
+    ] = None,
+    detector: Annotated[
+        Path | None,
+        typer.Option(help="A saved detector that scores the texts; else the built-in model's own."),
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="Two answers, such as Yes,No, whose logits are compared.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 40,
+    template: TemplateOption = "auto",
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("runs/sweep"),
+    model: ModelOption = None,
+    engine: EngineOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Steering at many strengths and layers beside controls: rows as CSV, the sweep file, a page.
+
+    Example: lens-safety sweep --layers 10:20:5 --multipliers -8:8:9 --out runs/mine
+    """
+    from .detect import Detector
+    from .files import write_csv
+    from .prompts import load_prompts
+    from .report import sweep_report
+    from .sweep import CONTROLS
+    from .sweep import sweep as run
+
+    saved = Detector.load(detector) if detector is not None else None
+    chosen = None if layers is None else _layers(layers)
+    numbers = _numbers(multipliers)
+    of_controls = None if control_multipliers is None else _numbers(control_multipliers)
+    held_out = load_prompts(prompts)
+    loaded = _load(model, engine)
+    direction, steered = _direction(loaded, vectors, chosen)
+    made = run(
+        loaded,
+        direction,
+        held_out,
+        layers=steered,
+        multipliers=numbers,
+        operator=operator,
+        positions=positions,
+        controls=[name for name in CONTROLS if name != "random" or n_random],
+        n_random=n_random,
+        control_multipliers=of_controls,
+        detector=saved or _default_detector(loaded, model),
+        behaviour=None if answers is None else _answers(answers),
+        max_new_tokens=max_new_tokens,
+        template=template,
+        store=out_folder,
+        seed=seed,
+    )
+    effects = made.effects()
+    files = {
+        "rows": write_csv(out_folder / "sweep.csv", made.frame),
+        "effects": write_csv(out_folder / "effects.csv", effects),
+        "sweep": made.save(out_folder / "sweep.json"),
+        "page": sweep_report(out_folder / "sweep.html", made),
+    }
+    if as_json:
+        _print_json(
+            {"effects": _records(effects), "files": {name: str(path) for name, path in files.items()}}
+        )
+        return
+    shown = ["layer", "multiplier", "dose", "change", "band_low", "band_high", "nll_change", "kl"]
+    _print_table(effects, [*shown, "outside_band"], f"{made.model}: change of {made.measure}")
+    _say(f"Results: {out_folder}/ (open {files['page']})")
 
 
 @app.command()
@@ -451,13 +554,19 @@ def _default_detector(model: Any, name: str | None) -> Any:
     return load_detector() if name is None else Detector.fit(_built_in_cache(model))
 
 
-def _default_direction(model: Any) -> tuple[Any, int]:
-    """Content vectors of the built-in prompts, and the layer that detects best by cross-validation."""
+def _direction(model: Any, vectors: Path | None, layers: list[int] | None) -> tuple[Any, list[int]]:
+    """The saved vectors and the layers named, or content vectors of the built-in prompts and the layer that
+    detects best by cross-validation."""
     from .detect import Detector
-    from .directions import content_vectors
+    from .directions import ContentVectors, content_vectors
+    from .types import OptionError
 
+    if vectors is not None:
+        if not layers:
+            raise OptionError("--vectors given without a layer: expected at least one to steer")
+        return ContentVectors.load(vectors), layers
     cache = _built_in_cache(model)
-    return content_vectors(cache), Detector.fit(cache).layer
+    return content_vectors(cache), layers or [Detector.fit(cache).layer]
 
 
 def _position(given: str) -> Any:
@@ -467,14 +576,46 @@ def _position(given: str) -> Any:
 
 
 def _numbers(given: str) -> list[float]:
+    """Numbers with commas between, or FROM:TO:COUNT, evenly spaced."""
     from .types import OptionError
 
     try:
+        if given.count(":") == 2:
+            first, last, count = given.split(":")
+            n = int(count)
+            if n < 2:
+                raise ValueError
+            return [float(first) + (float(last) - float(first)) * i / (n - 1) for i in range(n)]
         return [float(part) for part in given.split(",")]
     except ValueError:
         raise OptionError(
-            f"--multipliers {given!r} given, expected numbers with commas between, such as -4,-2,0,2,4"
+            f"--multipliers {given!r} given, expected numbers with commas between, such as -4,-2,0,2,4, or "
+            "FROM:TO:COUNT, such as -8:8:9"
         ) from None
+
+
+def _layers(given: str) -> list[int]:
+    """Layers with commas between, or FROM:TO or FROM:TO:STEP, the last one included."""
+    from .types import OptionError
+
+    try:
+        if ":" in given:
+            first, last, step = [*map(int, given.split(":")), 1][:3]
+            return list(range(first, last + 1, step))
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--layers {given!r} given, expected layers such as 12,20, or FROM:TO:STEP, such as 10:20:2"
+        ) from None
+
+
+def _answers(given: str) -> tuple[str, str]:
+    from .types import OptionError
+
+    parts = given.split(",")
+    if len(parts) != 2 or not all(part.strip() for part in parts):
+        raise OptionError(f"--answers {given!r} given, expected two with a comma between, such as Yes,No")
+    return parts[0], parts[1]
 
 
 def _texts(texts: list[str] | None, file: Path | None) -> list[str]:

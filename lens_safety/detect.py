@@ -1,5 +1,6 @@
 """Detectors: a prompt's score from its residual stream; every choice made inside the training set."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,6 +183,14 @@ class Detector:
             return f"{self.method} at layer {self.layers[0]}"
         return f"{self.method}, {self.over} of layers {min(self.layers)} to {max(self.layers)}"
 
+    @property
+    def digest(self) -> str:
+        """A short hash of what scores and threshold depend on."""
+        made = hashlib.sha256(repr((self.method, self.over, self.layers, self.threshold)).encode())
+        for name, tensor in sorted(self.parameters.items()):
+            made.update(name.encode() + tensor.double().numpy().tobytes())
+        return made.hexdigest()[:16]
+
     def score(
         self,
         prompts: Prompts,
@@ -205,6 +214,13 @@ class Detector:
         scores = _together(_features(cache, self.layers, self.over), self.over, self.parameters)
         check_scores(scores)
         return scores
+
+    def score_resid(self, resid: Float[Tensor, "layer prompt d_model"]) -> Scores:
+        """Scores of vectors read elsewhere: row i of `resid` is layer `layers[i]` of this detector."""
+        if resid.shape[0] != len(self.layers):
+            raise OptionError(f"{resid.shape[0]} layers given, expected those of the detector: {self.layers}")
+        features = torch.cat(list(resid), dim=1)[None] if self.over == "concat" else resid
+        return _together(features, self.over, self.parameters)
 
     def predict(
         self,

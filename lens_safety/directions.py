@@ -108,6 +108,12 @@ class ContentVectors:
             )
         return self.layers.index(layer)
 
+    def everywhere(self, layer: int) -> "ContentVectors":
+        """The vector and means of one layer at every layer: one direction, as Arditi et al. ablate it."""
+        row = self.row(layer)
+        same = {name: getattr(self, name)[[row] * len(self.layers)] for name in _TENSORS[:3]}
+        return replace(self, method=f"{self.method} of layer {layer}", **same)
+
     def cosine(self, other: "ContentVectors") -> Float[np.ndarray, " layer"]:
         """cos(self, other) at each of these layers; 0 where either has no direction.
 
@@ -224,14 +230,35 @@ def random_vectors(vectors: ContentVectors, *, seed: int = 0) -> ContentVectors:
     """The control: isotropic random directions, each with the norm of the vector it stands in for."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(vectors.vectors.shape, generator=generator)
-    drawn = noise / noise.norm(dim=1, keepdim=True) * vectors.norms[:, None]
+    return _standing_in(vectors, noise, f"random (seed {seed})")
+
+
+def stand_in(vectors: ContentVectors, other: ContentVectors) -> ContentVectors:
+    """Another direction as a control: the directions of `other` with the norms of `vectors`."""
+    rows = [other.row(layer) for layer in vectors.layers]
+    return _standing_in(vectors, other.vectors[rows], other.method)
+
+
+def orthogonal_vectors(vectors: ContentVectors, other: ContentVectors) -> ContentVectors:
+    """The control: what of `other` is at right angles to the vectors, with their norms."""
+    rows = other.vectors[[other.row(layer) for layer in vectors.layers]]
+    across = rows - (rows * vectors.unit).sum(dim=1, keepdim=True) * vectors.unit
+    return _standing_in(vectors, across, f"orthogonal part of {other.method}")
+
+
+def _standing_in(
+    vectors: ContentVectors, directions: Float[Tensor, "layer d_model"], method: str
+) -> ContentVectors:
+    """Other directions with the norms of `vectors`, around the middle of its two means."""
+    norms = directions.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    drawn = directions / norms * vectors.norms[:, None]
     middle = (vectors.safe_mean + vectors.dangerous_mean) / 2
     return replace(
         vectors,
         vectors=drawn,
         safe_mean=middle - drawn / 2,
         dangerous_mean=middle + drawn / 2,
-        method=f"random (seed {seed})",
+        method=method,
     )
 
 

@@ -5,7 +5,7 @@ value a resample, NaN where it is not defined; with all weights 1 they are the u
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -232,6 +232,32 @@ def delong(first: Scores, second: Scores, labels: Labels) -> tuple[float, float,
     if error == 0:
         return difference, 0.0, 1.0 if difference == 0 else 0.0
     return difference, error, float(2 * norm.sf(abs(difference) / error))
+
+
+def sign_flip_p(
+    differences: Float[np.ndarray, " prompt"], *, n_resamples: int = 4999, seed: int = 0
+) -> float:
+    """Two-sided p-value of mean difference 0, from flipping the sign of each pair (exact where few).
+
+    Fisher's randomisation test for paired rows, as `scipy.stats.permutation_test` has it. NaN without rows.
+    """
+    from scipy.stats import permutation_test
+
+    if len(differences) == 0:
+        return float("nan")
+
+    def mean(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
+        return (x - y).mean(axis=axis)
+
+    result = permutation_test(
+        (differences, np.zeros_like(differences)),
+        mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=n_resamples,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

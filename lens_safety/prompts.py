@@ -29,6 +29,8 @@ BUILT_IN = (
     "instructions",
     "personas",
     "neutral",
+    "sentiment",
+    "openings",
 )
 """The authored sets. Their cards are in the README."""
 

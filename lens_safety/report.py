@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import plots
 from .detect import Detector
 from .directions import ContentVectors
 from .evaluate import DetectionReport, DetectorComparison
 from .files import write_text
 from .intervals import Estimate, interval_text
+from .responses import CONTENT, SteeringSweep
 from .separation import LayerTable
-from .sweep import CONTENT, SteeringSweep
 
 
 def report(
@@ -49,7 +51,28 @@ def report(
             cosine=float(content.cosine(tone)[content.row(detector.layer)]),
             steering=steering,
             texts=_texts(steering),
+            several=False,
             settings=settings,
+        ),
+    )
+
+
+def sweep_report(path: str | Path, sweep: SteeringSweep) -> Path:
+    """Write the page of a sweep: layer x multiplier, a dose-response curve a layer, effects, texts."""
+    figures = {f"layer-{layer}": plots.dose_response(sweep, layer) for layer in sweep.layers}
+    if len(sweep.layers) > 1:
+        figures["map"] = plots.steering_map(sweep)
+    page = _environment().get_template("sweep.html")
+    return write_text(
+        path,
+        page.render(
+            plotly_js=plots.plotly_js(),
+            figures={name: plots.fragment(figure, name) for name, figure in figures.items()},
+            sweep=sweep,
+            several=len(sweep.layers) > 1,
+            measure=sweep.measure.replace("_", " "),
+            effects=sweep.effects().to_dict("records"),
+            texts=_texts(sweep) if sweep.max_new_tokens else [],
         ),
     )
 
@@ -71,8 +94,14 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["interval"] = interval_text
+    environment.filters["number"] = _number
+    environment.filters["range"] = lambda row, low, high: f"{_number(row[low])} to {_number(row[high])}"
     environment.filters["word"] = lambda text: str(text).replace("_", " ")
     return environment
+
+
+def _number(value: float) -> str:
+    return "—" if np.isnan(value) else f"{value:.2g}"
 
 
 def _summary(
@@ -117,20 +146,15 @@ def _tone_line(comparison: DetectorComparison) -> str:
 
 
 def _steering_line(steering: SteeringSweep) -> str:
-    rows = steering.summary()
-    pushed = rows.loc[(rows["direction"] == CONTENT) & (rows["multiplier"] != 0)].to_dict("records")
-    if not pushed:
-        return "No multiplier but 0 was given, so nothing was steered."
-    most = max(abs(row["multiplier"]) for row in pushed)
-    base = rows.loc[rows["multiplier"] == 0].iloc[0]
+    effects = steering.effects()
+    most = effects["multiplier"].abs().max()
     said = "; ".join(
-        f"at multiplier {r['multiplier']:g} (dose {r['dose']:.2f}) the text's danger score moves by "
-        f"{r['score_change']:+.4f} [{r['score_change_low']:+.4f}, {r['score_change_high']:+.4f}] "
-        f"and it costs {r['nll']:.2f} nats a token instead of {base['nll']:.2f}"
-        for r in pushed
-        if abs(r["multiplier"]) == most
+        f"at multiplier {row['multiplier']:g} (dose {row['dose']:.2f}) the text's danger score moves by "
+        f"{row['change']:+.4f} [{row['change_low']:+.4f}, {row['change_high']:+.4f}] (random directions: "
+        f"{row['band_low']:+.4f} to {row['band_high']:+.4f}) at {row['nll_change']:+.2f} nats a token"
+        for row in effects.loc[effects["multiplier"].abs() == most].to_dict("records")
     )
-    return f"At layer {steering.layer}, {said}."
+    return f"At layer {min(steering.layers)}, {said}."
 
 
 def _comparison_rows(comparison: DetectorComparison) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -143,7 +167,8 @@ def _comparison_rows(comparison: DetectorComparison) -> list[tuple[str, list[dic
 
 def _texts(steering: SteeringSweep) -> list[tuple[str, list[dict[str, Any]]]]:
     """For each prompt the content-steered texts, from the most negative multiplier to the most positive."""
-    rows = steering.frame.loc[steering.frame["direction"] == CONTENT].sort_values("multiplier")
+    rows = steering.curves()
+    rows = rows.loc[rows["direction"] == CONTENT]
     return [
         (prompt, rows.loc[rows["prompt"] == prompt].to_dict("records"))
         for prompt in dict.fromkeys(steering.frame["prompt"])

@@ -1,10 +1,9 @@
-"""Steering: the residual stream pushed along a direction while the model runs, and generation."""
+"""Steering: the residual stream pushed along a direction while the model runs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,39 +11,63 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import tokens as tok
+from .decoding import continuation_logits, greedy_continuations
 from .directions import ContentVectors
-from .models import (
-    Decoding,
-    check_layers,
-    device_of,
-    end_of_text_ids,
-    fingerprint,
-    full_logits,
-    resid_hook,
-)
-from .progress import track
-from .prompts import PromptSet, as_prompts
-from .types import Hook, OptionError, ResidualModel, one_of
+from .operators import Operator
+from .plans import Gate, Multiplier, Per, Schedule, SteeringPlan, build_plan
+from .prompts import PromptSet, as_prompts, load_prompts
+from .types import OptionError, ResidualModel
 
-Operator = Literal["add", "ablate"]
-OPERATORS = ("add", "ablate")
-Positions = Literal["all", "generated"]
-POSITIONS = ("all", "generated")
+KL_TOKENS = 16
+"""Tokens of each neutral continuation over which `next_token_kl` is averaged."""
 
-# How many positions of the pass that runs belong to the prompt; None outside `generate`.
-_prompt_positions: ContextVar[int | None] = ContextVar("prompt_positions", default=None)
+_ROWS_A_PASS = 32
+_RATIO = 2.0
+_FINEST = 0.01
 
 
 @dataclass(frozen=True)
-class Steering:
-    """What `steering` does: to which layers, with which dose; `fired` counts the hooks' calls."""
+class TargetKL:
+    """A multiplier as the damage it does: the one at which `next_token_kl` is `kl` nats, solved.
 
-    layers: tuple[int, ...]
-    operator: str
-    positions: str
-    multiplier: tuple[float, ...]
-    dose: tuple[tuple[float, ...], ...]
-    fired: dict[int, int] = field(default_factory=dict)
+    A negative number asks for the multiplier below 0, toward safe. It is solved for all layers at once.
+    """
+
+    kl: float | int
+
+
+def steering_plan(
+    model: ResidualModel,
+    vectors: ContentVectors,
+    *,
+    layers: Sequence[int],
+    multiplier: Multiplier | TargetKL = 1.0,
+    operator: str | Operator = "add",
+    positions: str = "all",
+    sites: Sequence[str] = ("resid_post",),
+    schedule: Schedule | None = None,
+    when: Gate | None = None,
+    per: Per = "prompt",
+) -> SteeringPlan:
+    """What `steering` with the same arguments writes where: print it, then `with plan.on(model): ...`."""
+
+    def planned(m: Multiplier) -> SteeringPlan:
+        return build_plan(
+            model,
+            vectors,
+            layers=layers,
+            multiplier=m,
+            operator=operator,
+            positions=positions,
+            sites=sites,
+            schedule=schedule,
+            when=when,
+            per=per,
+        )
+
+    if isinstance(multiplier, TargetKL):
+        return planned(_solve_kl(model, multiplier.kl, planned))
+    return planned(multiplier)
 
 
 @contextmanager
@@ -53,245 +76,119 @@ def steering(
     vectors: ContentVectors,
     *,
     layers: Sequence[int],
-    multiplier: float | Sequence[float] = 1.0,
-    operator: Operator = "add",
-    positions: Positions = "all",
-) -> Iterator[Steering]:
+    multiplier: Multiplier | TargetKL = 1.0,
+    operator: str | Operator = "add",
+    positions: str = "all",
+    sites: Sequence[str] = ("resid_post",),
+    schedule: Schedule | None = None,
+    when: Gate | None = None,
+    per: Per = "prompt",
+) -> Iterator[SteeringPlan]:
     """Steer every call of the model inside the context; outside, the model is as it was.
 
-    With h = hook_resid_post of each named layer, v its vector (raw) and u = v / norm(v):
-
-        add      h + multiplier * v        a positive multiplier pushes toward dangerous
-        ablate   h - multiplier * (h . u) u        1 removes the direction (Arditi et al. 2406.11717)
-
-    Multiplier 0 is the identity, bit for bit. `h` is replaced by a new tensor, never edited.
+    At each named layer h, the residual stream, is replaced by the operator's new tensor, never edited;
+    v is the layer's vector (raw), u = v / norm(v). With "add", h + multiplier * v: a positive multiplier
+    pushes toward dangerous; multiplier 0 is the identity, bit for bit, for every operator.
 
     Args:
-        multiplier: one number, or one per row of the batch (every call must then have that batch).
-        positions: "generated" leaves the prompt alone: inside `generate` the prompt's own positions,
-            in any other call every pass over more than one token.
+        multiplier: one number; one per row of the batch (every call must then have that batch); a
+            `Dose`; or a mapping from layer to one of these.
+        operator: "add", "add-norm", "ablate", "clamp" (or "clamp:VALUE"), "toward", "rotate" (or
+            "rotate:DEGREES"), or an object of `lens_safety.operators`, where the equations stand.
+        positions: "all"; "prompt"; "generated"; "content", the prompt's content tokens; "last:K", the
+            last K tokens of the prompt; "generated:FROM:TO", that window of generated tokens, from 0.
+            In `generate` and `continuation_nll` these are known. In any other call several positions
+            count as one prompt without pads, whose first token is not content, and one position as a
+            generated token.
+        sites: where in the block: "resid_post", "resid_pre", "attn_out", "mlp_out".
+        schedule: the factor on the multiplier at each step (0: the prompt, t: the t-th generated token),
+            such as `LinearDecay(20)`, `ExponentialDecay(5)`, or any callable; constant by default.
+        when: steer only where this detector says dangerous, reading the model that runs, unsteered up to
+            there: its layers must not be above the steered ones. `per` "prompt" decides once for each row,
+            on the prompt as the detector reads prompts; "token" for each token by itself.
 
     Yields:
-        A `Steering`: the doses (norm of what "add" adds over the layer's median residual norm; for
-        each layer, then each multiplier), and `fired`, the number of calls of each layer's hook.
+        The `SteeringPlan`, whose `fired` counts the calls of each layer's hooks.
 
     Raises:
-        MismatchError: vectors of another model, or without one of the layers.
-        OptionError: a layer out of range, an unknown operator or position, a vector that is zero,
+        MismatchError: vectors or a detector of another model, or vectors without one of the layers.
+        OptionError: a layer out of range, an unknown operator, position or site, a vector that is zero,
             NaN or infinite, a multiplier that is not a finite number.
     """
-    one_of(operator, OPERATORS, "operator")
-    one_of(positions, POSITIONS, "positions")
-    vectors.model.require(fingerprint(model), "the vectors")
-    chosen = check_layers(model, layers)
-    factors = _multipliers(multiplier)
-    record = Steering(
-        layers=tuple(chosen),
+    plan = steering_plan(
+        model,
+        vectors,
+        layers=layers,
+        multiplier=multiplier,
         operator=operator,
         positions=positions,
-        multiplier=tuple(factors.tolist()),
-        dose=tuple(
-            tuple(float(vectors.dose(m)[vectors.row(layer)]) for m in factors.tolist()) for layer in chosen
-        ),
-        fired=dict.fromkeys(chosen, 0),
+        sites=sites,
+        schedule=schedule,
+        when=when,
+        per=per,
     )
-    hooks = [(resid_hook(layer), _hook(layer, _checked(vectors, layer), factors, record)) for layer in chosen]
-    with model.hooks(fwd_hooks=hooks):
+    with plan.on(model) as record:
         yield record
 
 
-def generate(
+def next_token_kl(
     model: ResidualModel,
-    prompts: PromptSet | Sequence[str],
+    plans: Sequence[SteeringPlan],
+    prompts: PromptSet | Sequence[str] | None = None,
     *,
-    max_new_tokens: int = 40,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    n_tokens: int = KL_TOKENS,
     template: tok.Template = "auto",
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> list[str]:
-    """The text that follows each prompt, in order, decoded in batches with a key/value cache.
+) -> Float[np.ndarray, "plan prompt"]:
+    """The damage of each plan: KL(unsteered || steered) of the next token, in nats.
 
-    Temperature 0 is greedy; above it tokens are sampled from softmax(logits / temperature), cut to
-    the `top_k` likeliest and to the smallest set with probability `top_p`, with a generator seeded
-    by `seed`. A row ends at an end-of-text or end-of-turn token. Works inside `steering`; one
-    multiplier per row then needs all prompts in one batch (`batch_size=None`).
-
-    Raises:
-        PromptError: an empty prompt, or one that leaves no room in the context.
-        OptionError: a negative temperature, or a length, batch size, top_k or top_p out of range.
+    The mean over the first `n_tokens` tokens of the unsteered model's own greedy continuation of each
+    prompt, of which the plan's positions treat the continuation as generated. Plans must be stackable
+    (`SteeringPlan.stack`). The built-in `neutral` prompts by default.
     """
-    prompts = as_prompts(prompts)
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
-    if batch_size is not None and batch_size < 1:
-        raise OptionError(f"batch_size={batch_size} given, expected 1 or more")
-    encoded = tok.encode(model, prompts.texts, template=template, reserve=max_new_tokens)
-    size = batch_size or len(encoded)
-    generator = torch.Generator().manual_seed(seed)
-    texts: list[str] = []
-    starts = range(0, len(encoded), size)
-    for start in track(starts, "generating", progress):
-        rows = range(start, min(start + size, len(encoded)))
-        batch = tok.pad(model, encoded, rows, side="left")
-
-        def choose(logits: Tensor) -> Tensor:
-            return _choose(logits, temperature, top_k, top_p, generator)
-
-        texts += _decode(model, batch, max_new_tokens, choose)
-    return texts
-
-
-def continuation_nll(
-    model: ResidualModel,
-    prompts: PromptSet | Sequence[str],
-    continuations: Sequence[str],
-    *,
-    template: tok.Template = "auto",
-    batch_tokens: int = 1024,
-) -> Float[np.ndarray, " prompt"]:
-    """Mean negative log-likelihood, in nats a token, of each continuation after its prompt.
-
-    Outside `steering` this is what a steered text costs under the unsteered model. NaN where a
-    continuation is empty.
-    """
-    prompts = as_prompts(prompts)
-    if len(prompts) != len(continuations):
-        raise OptionError(f"{len(prompts)} prompts and {len(continuations)} continuations given")
-    encoded, starts = tok.encode_pairs(model, prompts.texts, continuations, template=template)
-    nll = np.full(len(encoded), np.nan)
-    for batch in tok.batches(model, encoded, batch_tokens=batch_tokens):
-        logits = full_logits(model, batch.tokens)
-        for i, row in enumerate(batch.rows):
-            start, end = starts[row], len(encoded[row])
-            if start < end:
-                target = batch.tokens[i, start:end]
-                nll[row] = float(
-                    torch.nn.functional.cross_entropy(logits[i, start - 1 : end - 1].float(), target)
+    chosen = load_prompts("neutral") if prompts is None else as_prompts(prompts)
+    encoded, starts = greedy_continuations(model, chosen.texts, n_tokens, template=template)
+    divergence = np.zeros((len(plans), len(encoded)))
+    for prompt in range(len(encoded)):
+        batch, begin = tok.pad(model, encoded, [prompt]), [starts[prompt]]
+        base = continuation_logits(model, batch, begin)[0].log_softmax(dim=-1)
+        for first in range(0, len(plans), _ROWS_A_PASS):
+            part = plans[first : first + _ROWS_A_PASS]
+            with SteeringPlan.stack(part).on(model):
+                steered = continuation_logits(
+                    model, batch, begin, rows=torch.zeros(len(part), dtype=torch.long)
                 )
-    return nll
+            divergence[first : first + len(part), prompt] = [_kl(base, logits) for logits in steered]
+    return divergence
 
 
-def _hook(
-    layer: int,
-    vector: Float[Tensor, " d_model"],
-    factors: Float[Tensor, " batch"],
-    record: Steering,
-) -> Hook:
-    def hook_fn(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-        record.fired[layer] += 1
-        start = _first_steered(record.positions, resid.shape[1])
-        if start == resid.shape[1]:
-            return resid
-        if len(factors) not in (1, resid.shape[0]):
+def _kl(base: Float[Tensor, "new d_vocab"], logits: Float[Tensor, "new d_vocab"]) -> float:
+    """mean over positions of sum p0 (log p0 - log p)."""
+    return float(
+        torch.nn.functional.kl_div(
+            logits.log_softmax(dim=-1), base, reduction="batchmean", log_target=True
+        ).clamp_min(0)
+    )
+
+
+def _solve_kl(model: ResidualModel, target: float, planned: Any) -> float:
+    """The smallest multiplier whose KL is the target: brackets of a doubling grid, refined twice."""
+    if not np.isfinite(target) or target == 0:
+        raise OptionError(f"TargetKL({target}) given, expected nats above 0, or below 0 for toward safe")
+
+    def measured(grid: np.ndarray) -> np.ndarray:
+        plans = [planned(float(np.sign(target) * m)) for m in grid]
+        return next_token_kl(model, plans).mean(axis=1)
+
+    grid = _RATIO ** np.arange(-6.0, 7.0)
+    while True:
+        kl = measured(grid)
+        over = np.flatnonzero(kl >= abs(target))
+        if len(over) == 0 or over[0] == 0:
             raise OptionError(
-                f"{len(factors)} multipliers given for a batch of {resid.shape[0]} rows: expected one "
-                "multiplier, or one per row"
+                f"TargetKL({target}) given, and multipliers {grid[0]:.3g} to {grid[-1]:.3g} reach KLs of "
+                f"{kl.min():.3g} to {kl.max():.3g} nats; ask for one between them"
             )
-        m = factors.to(resid.device)[:, None, None]
-        v = vector.to(resid.device)
-        steered = _OPERATE[record.operator](resid[:, start:], v, m)
-        return steered if start == 0 else torch.cat([resid[:, :start], steered], dim=1)
-
-    return hook_fn
-
-
-def _add(resid: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    return resid + (m * v).to(resid.dtype)
-
-
-def _ablate(resid: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    u = v / v.norm()
-    return (resid.float() - m * (resid.float() @ u)[..., None] * u).to(resid.dtype)
-
-
-_OPERATE = {"add": _add, "ablate": _ablate}
-
-
-def _first_steered(positions: str, n_positions: int) -> int:
-    if positions == "all":
-        return 0
-    of_prompt = _prompt_positions.get()
-    if of_prompt is None:
-        return 0 if n_positions == 1 else n_positions
-    return min(of_prompt, n_positions)
-
-
-def _multipliers(multiplier: float | Sequence[float]) -> Float[Tensor, " batch"]:
-    try:
-        factors = torch.tensor(np.atleast_1d(np.asarray(multiplier, dtype=np.float64)), dtype=torch.float32)
-    except (TypeError, ValueError):
-        factors = torch.tensor([])
-    if factors.ndim != 1 or len(factors) == 0 or not bool(factors.isfinite().all()):
-        raise OptionError(
-            f"multiplier {multiplier!r} given, expected a finite number, or one per row of the batch"
-        )
-    return factors
-
-
-def _checked(vectors: ContentVectors, layer: int) -> Float[Tensor, " d_model"]:
-    vector = vectors.layer(layer)
-    if not bool(vector.isfinite().all()):
-        raise OptionError(f"the vector of layer {layer} holds NaN or infinity; make it again")
-    if bool(vectors.is_zero[vectors.row(layer)]):
-        raise OptionError(f"the vector of layer {layer} is zero: it has no direction; use another layer")
-    return vector
-
-
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 1:
-        raise OptionError(f"max_new_tokens={max_new_tokens} given, expected 1 or more")
-    if not 0 <= temperature < float("inf"):
-        raise OptionError(f"temperature={temperature} given, expected 0 (greedy) or above")
-    if top_k is not None and top_k < 1:
-        raise OptionError(f"top_k={top_k} given, expected 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise OptionError(f"top_p={top_p} given, expected above 0 and at most 1")
-
-
-def _decode(model: ResidualModel, batch: tok.Batch, max_new_tokens: int, choose: Any) -> list[str]:
-    tokenizer = model.tokenizer
-    ends = torch.tensor(end_of_text_ids(tokenizer), device=device_of(model))
-    decoding = Decoding(model, len(batch))
-    fed, mask = batch.tokens, tok.real_tokens(batch, side="left")
-    running = torch.ones(len(batch), dtype=torch.bool, device=fed.device)
-    made: list[Tensor] = []
-    for step in range(max_new_tokens):
-        state = _prompt_positions.set(fed.shape[1] if step == 0 else 0)
-        try:
-            logits = decoding.step(fed, mask)
-        finally:
-            _prompt_positions.reset(state)
-        chosen = choose(logits)
-        running = running & ~torch.isin(chosen, ends)
-        made.append(torch.where(running, chosen, -1))
-        if not bool(running.any()):
-            break
-        fed, mask = chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool)
-    rows = torch.stack(made, dim=1).cpu()
-    return [tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in rows]
-
-
-def _choose(
-    logits: Float[Tensor, "batch d_vocab"],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator,
-) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    scaled = logits.float().cpu() / temperature
-    if top_k is not None:
-        lowest = scaled.topk(min(top_k, scaled.shape[-1]), dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < lowest, -torch.inf)
-    if top_p is not None:
-        ordered, order = scaled.sort(dim=-1, descending=True)
-        probability = ordered.softmax(dim=-1)
-        # A token stays while the probability before it is below top_p, so the likeliest always does.
-        beyond = probability.cumsum(dim=-1) - probability >= top_p
-        scaled = scaled.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
-    drawn = torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]
-    return drawn.to(logits.device)
+        low, high = grid[over[0] - 1], grid[over[0]]
+        if high / low - 1 < _FINEST:
+            return float(np.sign(target) * (low * high) ** 0.5)
+        grid = np.geomspace(low, high, 9)

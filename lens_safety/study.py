@@ -19,9 +19,10 @@ from .files import write_csv, write_json
 from .prompts import PromptSet, load_prompts
 from .report import report
 from .residuals import ResidualCache, residual_streams
+from .responses import SteeringSweep
 from .scorers import Method
 from .separation import LayerTable, layer_table
-from .sweep import SteeringSweep, sweep
+from .sweep import sweep
 from .types import PromptError, ResidualModel
 
 TESTS = ("validation", "adversarial")
@@ -95,7 +96,8 @@ def study(
     One pass a prompt set; the layer table, content and tone vectors; a detector whose layer and
     threshold cross-validation inside `train` chooses, evaluated on each of `tests` beside tone
     vectors, fewer examples, logistic regression and TF-IDF; and `neutral` prompts steered at the
-    detector's layer along the content vector and along a random direction of the same norm.
+    detector's layer along the content vector and, where it is pushed hardest, random directions of
+    that norm.
 
     Args:
         store: a folder for finished batches, so that an interrupted study goes on where it was.
@@ -128,11 +130,14 @@ def study(
         model,
         content,
         neutral,
-        layer=detector.layer,
+        layers=[detector.layer],
         multipliers=multipliers,
+        control_multipliers=[min(multipliers), max(multipliers)],
+        controls=("random",),
         detector=detector,
         max_new_tokens=max_new_tokens,
         template=template,
+        store=store,
         seed=seed,
         progress=progress,
     )

@@ -53,6 +53,11 @@ class Batch:
         middle = len(self) // 2
         return self._part(slice(0, middle)), self._part(slice(middle, None))
 
+    def __getitem__(self, rows: Int[Tensor, " row"]) -> "Batch":
+        """A batch of these rows, each as often as it is named."""
+        numbers = tuple(self.rows[row] for row in rows.tolist())
+        return Batch(self.tokens[rows], self.content[rows], self.lengths[rows], numbers)
+
     def _part(self, part: slice) -> "Batch":
         longest = int(self.lengths[part].max())
         return Batch(
@@ -214,18 +219,15 @@ def batches(model: ResidualModel, encoded: Sequence[Encoded], *, batch_tokens: i
         yield pad(model, encoded, rows)
 
 
-def pad(
-    model: ResidualModel, encoded: Sequence[Encoded], rows: Sequence[int], *, side: str = "right"
-) -> Batch:
-    """One batch of the prompts with these numbers, padded on one side, on the model's device."""
+def pad(model: ResidualModel, encoded: Sequence[Encoded], rows: Sequence[int]) -> Batch:
+    """One batch of the prompts with these numbers, padded on the right, on the model's device."""
     longest = max(len(encoded[row]) for row in rows)
     filler = getattr(model.tokenizer, "pad_token_id", None) or 0
     tokens = np.full((len(rows), longest), filler, dtype=np.int64)
     content = np.zeros((len(rows), longest), dtype=bool)
     for i, row in enumerate(rows):
         n = len(encoded[row])
-        place = slice(0, n) if side == "right" else slice(longest - n, longest)
-        tokens[i, place], content[i, place] = encoded[row].ids, encoded[row].content
+        tokens[i, :n], content[i, :n] = encoded[row].ids, encoded[row].content
     device = device_of(model)
     lengths = torch.tensor([len(encoded[row]) for row in rows], device=device)
     return Batch(
@@ -236,11 +238,9 @@ def pad(
     )
 
 
-def real_tokens(batch: Batch, *, side: str = "right") -> TokenMask:
+def real_tokens(batch: Batch) -> TokenMask:
     """True where a token is the prompt's, False on pads."""
     places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    if side == "left":
-        places = batch.tokens.shape[1] - 1 - places
     return places[None, :] < batch.lengths[:, None]
 
 

@@ -1,6 +1,8 @@
 """Models and caches that tests share. Tiny random models have pairwise distinct axis sizes."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ import pytest
 import torch
 
 import lens_safety as ls
+from lens_safety import decoding
 from lens_safety.models import (
     Engine,
     ModelFingerprint,
+    full_logits,
     hooked_available,
     resid_hook,
 )
 from lens_safety.prompts import DATA_VARIABLE, Prompt, PromptSet
 from lens_safety.residuals import ResidualCache, residual_streams
+from lens_safety.tokens import encode
 from lens_safety.wheels import SMOLLM2, parts_of
 
 # Threads that wait for each other cost far more than they save where several tests run at once.
@@ -137,6 +142,17 @@ def tiny(engine: Engine, tiny_folders: dict[str, Path], tiny_models: dict):
     if engine not in tiny_models:
         tiny_models[engine] = ls.load_model(tiny_folders["llama"], engine=engine)
     return tiny_models[engine]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def any_tiny(
+    request: pytest.FixtureRequest, engine: Engine, tiny_folders: dict[str, Path], tiny_models: dict
+):
+    """A tiny model of each architecture on each engine."""
+    key = engine if request.param == "llama" else ("any", request.param, engine)
+    if key not in tiny_models:
+        tiny_models[key] = ls.load_model(tiny_folders[request.param], engine=engine)
+    return tiny_models[key]
 
 
 def every_position(model, ids) -> torch.Tensor:
@@ -284,3 +300,70 @@ def constant_cache(n: int = 23) -> ResidualCache:
     """Every prompt has the same residual stream, so no layer has a direction."""
     row = torch.randn(N_LAYERS, 1, D_MODEL, generator=torch.Generator().manual_seed(3))
     return cache_of(row.repeat(1, n, 1), np.arange(n) % 2 == 1)
+
+
+BATCH, POS = 5, 11
+TOKENS = torch.randint(4, 300, (BATCH, POS), generator=torch.Generator().manual_seed(0))
+ROWS = [-2.0, 0.0, 1.5, 3.0, 0.5]
+"""A multiplier for each row of `TOKENS`."""
+
+Streams = tuple[list[torch.Tensor], torch.Tensor]
+
+
+def vectors_of(model) -> ls.ContentVectors:
+    return ls.content_vectors(ls.residual_streams(model, labelled(), template="raw", progress=False))
+
+
+@contextmanager
+def listening(model, layer: int, site: str = "resid_post") -> Iterator[list[torch.Tensor]]:
+    """What every call finds at one hook, as the hooks that were set until now leave it."""
+    heard: list[torch.Tensor] = []
+
+    def keep(resid, hook):
+        heard.append(resid)
+
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_{site}", keep)]):
+        yield heard
+
+
+def streams(model, tokens: torch.Tensor = TOKENS) -> Streams:
+    """The residual stream of each layer, and the logits."""
+    with (
+        listening(model, 0) as first,
+        listening(model, 1) as second,
+        listening(model, 2) as third,
+    ):
+        logits = full_logits(model, tokens)
+    return [*first, *second, *third], logits
+
+
+def same(first: Streams, second: Streams) -> bool:
+    """Whether two runs of `streams` are equal, bit for bit."""
+    pairs = zip([*first[0], first[1]], [*second[0], second[1]], strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def greedy_ids(model, text: str, n: int, template: str = "auto") -> list[int]:
+    """The reference: the whole growing sequence through the model for each token, no cache."""
+    ids = torch.from_numpy(encode(model, [text], template=template)[0].ids)[None]
+    start = ids.shape[1]
+    for _ in range(n):
+        ids = torch.cat([ids, full_logits(model, ids)[:, -1:].argmax(dim=-1)], dim=1)
+    return ids[0, start:].tolist()
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token ends a text, so that lengths are known."""
+    monkeypatch.setattr(decoding, "end_of_text_ids", lambda tokenizer: [])
+
+
+@pytest.fixture
+def spelt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are token numbers, because most of a random model's tokens decode to the same sign."""
+
+    def spell(tokenizer, columns) -> list[str]:
+        rows = torch.stack(list(columns), dim=1)
+        return [" ".join(str(int(i)) for i in row[row >= 0]) for row in rows]
+
+    monkeypatch.setattr(decoding, "_texts", spell)

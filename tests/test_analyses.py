@@ -14,16 +14,23 @@ from lens_safety import detect, plots
 from lens_safety.types import OptionError
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {path.stem: path for path in sorted((ROOT / "analyses").glob("0*.py"))}
+SCRIPTS = {path.stem: path for path in sorted((ROOT / "analyses").glob("[01]*.py"))}
 ROWS = 60
 """Prompts a set: three pairs of each of ten categories, one for each fold."""
-FEWER = {"07_shortcuts_and_transfer": 36}
+FEWER = {
+    "07_shortcuts_and_transfer": 36,
+    "09_steering_strength": 30,
+    "10_persona_steerability": 12,
+    "11_operators": 8,
+    "12_sentiment": 8,
+}
 """Of scripts that read each prompt several times."""
 
 INTERVAL = {"accuracy", "accuracy_low", "accuracy_high", "auroc", "auroc_low", "auroc_high"}
 CELLS = {"tone", "label", "n", "flagged", "flagged_low", "flagged_without_tone"}
 LAYERS = {"layer", "cosine", "null_low", "null_high", "auroc", "auroc_without_tone"}
 PAIRED = {"first", "second", "accuracy_difference", "mcnemar_holm", "auroc_difference_low", "delong_holm"}
+EFFECTS = {"multiplier", "dose", "change", "band_low", "band_high", "p_value", "nll_change", "kl"}
 TABLES = {
     "00_shipped_detector": {
         "": {"detector", "set", "n_safe", "n_dangerous", "fpr", "tpr", "decided", "ece"} | INTERVAL,
@@ -67,6 +74,14 @@ TABLES = {
         "audit": {"train", "test", "kind", "name", "auroc_low", "gap", "rank_correlation"},
     },
     "08_languages": {"": {"set", "language", "n", "tpr", "fpr", "tfidf_auroc"} | INTERVAL},
+    "09_steering_strength": {"": {"vectors", "asked"} | EFFECTS, "layers": EFFECTS}
+    | {f"{name}_cliff": {"layer", "side", "multiplier", "dose"} for name in ("content", "tone")}
+    | {f"{name}_consistency": {"read_layer", "washed_out", "silent"} for name in ("content", "tone")},
+    "10_persona_steerability": {
+        "": {"trait", "layer", "n", "slope", "anti_steerable", "random_low", "outside_band", "told_the_trait"}
+    },
+    "11_operators": {"": {"operator", "kl_asked", "repeated"} | EFFECTS},
+    "12_sentiment": {"": {"side", "chosen", "unsteered", "asked"} | EFFECTS, "chosen_on": EFFECTS},
 }
 
 
@@ -159,5 +174,5 @@ def check(frame: pd.DataFrame) -> None:
         known = frame.dropna(subset=[f"{column}_low", f"{column}_high"])
         value, low, high = (known[f"{column}{end}"].to_numpy() for end in ("", "_low", "_high"))
         assert (low <= high).all(), column
-        if "difference" not in column:
+        if not any(word in column for word in ("difference", "change", "control", "slope")):
             assert ((value >= 0) & (value <= 1)).all(), column

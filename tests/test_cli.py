@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from lens_safety import cli
 from lens_safety.prompts import BUILT_IN
 from lens_safety.public_sets import PUBLIC_SETS
 
-COMMANDS = ("study", "layers", "fit", "detect", "steer", "models", "prompts", "doctor")
+COMMANDS = ("study", "layers", "fit", "detect", "steer", "sweep", "models", "prompts", "doctor")
 PROGRAM = str(Path(sys.executable).parent / "lens-safety")
 
 
@@ -211,6 +212,64 @@ def test_steer_shows_each_multiplier_and_0_is_the_unsteered_text(run, files):
     assert json.loads(ablated)["operator"] == "ablate"
 
 
+def test_steer_takes_every_operator_a_dose_and_prints_its_plan_before_anything_runs(run, files, monkeypatch):
+    common = ("steer", "a kite", "-m", files["model"], "--vectors", files["vectors"], "--layer", 1)
+    for operator in ("add", "add-norm", "ablate", "clamp", "clamp:3", "toward", "rotate", "rotate:30"):
+        status, out, _ = run(*common, "--max-new-tokens", 2, "--operator", operator, "-x", 1, "--json")
+        assert (status, json.loads(out)["operator"]) == (0, operator)
+    _, out, _ = run(*common, "--max-new-tokens", 2, "--dose", -0.25, "--json")
+    row = json.loads(out)["texts"][0]
+    assert row["dose"] == pytest.approx(0.25)
+    assert row["multiplier"] < 0
+    monkeypatch.setattr("lens_safety.decoding.generate", lambda *_: pytest.fail("something ran"))
+    status, out, _ = run(*common, "--plan", "-x", 2, "--positions", "last:3")
+    assert status == 0
+    assert {"blocks.1.hook_resid_post", "last:3"} <= set(re.split(r"[\s│]+", out))
+
+
+def test_sweep_writes_rows_effects_the_sweep_and_a_page_and_goes_on_where_it_was(run, files, tmp_path):
+    out_folder = tmp_path / "swept"
+    command = ("sweep", "-m", files["model"], "--vectors", files["vectors"], "--layers", "0:1", "--random", 2)
+    command += ("--multipliers", "-4:4:3", "--max-new-tokens", 3, "--out", out_folder)
+    command += ("--detector", files["detector"], "--prompts", files["test"])
+    status, out, _ = run(*command, "--json")
+    assert status == 0
+    shown = json.loads(out)
+    assert {(row["layer"], row["multiplier"]) for row in shown["effects"]} == {
+        (0, -4),
+        (0, 4),
+        (1, -4),
+        (1, 4),
+    }
+    rows = pd.read_csv(shown["files"]["rows"])
+    assert set(rows["direction"]) == {"content", "random 1", "random 2", "orthogonal", "unsteered", "asked"}
+    sweep = ls.SteeringSweep.load(shown["files"]["sweep"])
+    assert sweep.layers == (0, 1)
+    page = Path(shown["files"]["page"]).read_text(encoding="utf-8")
+    for section in ("map", "curves", "effects", "texts"):
+        assert f'id="{section}"' in page
+    assert page.count("Plotly.newPlot") >= 3
+    journal = next(out_folder.glob("sweep-*.jsonl"))
+    before = journal.read_bytes()
+    status, out, err = run(*command)
+    assert status == 0
+    assert journal.read_bytes() == before
+    assert "sweep.html" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("12", [12]), ("12,20", [12, 20]), ("10:13", [10, 11, 12, 13]), ("10:16:3", [10, 13, 16])],
+)
+def test_layers_are_named_one_by_one_or_from_to_with_the_last(given: str, expected: list[int]):
+    assert cli._layers(given) == expected
+
+
+def test_multipliers_are_a_list_or_an_even_grid():
+    assert cli._numbers("-4,4") == [-4.0, 4.0]
+    assert cli._numbers("-8:8:9") == [-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0]
+
+
 def test_models_names_the_built_in_model_and_the_studys(run):
     status, out, _ = run("models", "--json")
     assert status == 0
@@ -384,7 +443,20 @@ def bad_calls(files: dict[str, Path], folder: Path) -> dict[str, tuple[tuple, st
             ("steer", "a", *model, *vectors, "--layer", 99),
             "layer 99 given",
         ),
-        "vectors without a layer": (("steer", "a", *model, *vectors), "expected at least one --layer"),
+        "vectors without a layer": (("steer", "a", *model, *vectors), "expected at least one to steer"),
+        "multiplier and dose": (("steer", "a", *model, "-x", 1, "--dose", 0.1), "expected one of them"),
+        "operator unknown": (
+            ("steer", "a", *model, *vectors, "--layer", 1, "--operator", "shove"),
+            "unknown operator 'shove'",
+        ),
+        "positions unknown": (
+            ("steer", "a", *model, *vectors, "--layer", 1, "--positions", "last"),
+            "unknown positions 'last'",
+        ),
+        "layers no numbers": (("sweep", *model, "--layers", "1-2"), "such as 12,20, or FROM:TO:STEP"),
+        "grid of one": (("sweep", *model, "--multipliers", "1:2:1"), "FROM:TO:COUNT, such as -8:8:9"),
+        "one answer": (("sweep", *model, "--answers", "Yes"), "expected two with a comma between"),
+        "no prompts to sweep": (("sweep", *model, "--prompts", "nothing"), "nothing"),
         "multiplier not finite": (
             ("steer", "a", *model, *vectors, "--layer", 1, "-x", "nan"),
             "expected a finite number",

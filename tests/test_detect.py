@@ -397,6 +397,26 @@ def test_the_best_layer_is_that_with_the_best_cross_validated_auroc_and_the_firs
     assert ls.Detector.fit(replace(strong, resid=strong.resid[[1, 0, 1]])).layer == 0
 
 
+@pytest.mark.parametrize("method", ["two-vector", "logistic"])
+@pytest.mark.parametrize("over", OVER)
+def test_streams_that_were_read_elsewhere_have_the_scores_of_the_cache(method, over):
+    cache, _ = planted_cache(60)
+    fresh, _ = planted_cache(20, seed=1, name="fresh")
+    detector = fit(cache, method, over=over, layers=None if over == "best" else (2, 1))
+    rows = [fresh.layers.index(layer) for layer in detector.layers]
+    scores = detector.score_resid(fresh.resid[rows])
+    assert np.array_equal(scores, detector.score(fresh))
+    if over != "best":
+        assert not np.allclose(detector.score_resid(fresh.resid[rows[::-1]]), scores)
+
+
+def test_streams_of_other_layers_than_the_detectors_are_refused():
+    cache, _ = planted_cache(60)
+    for given in (1, 3):
+        with pytest.raises(ls.OptionError, match=rf"{given} layers given, expected those .*\(0, 1\)"):
+            ls.Detector.fit(cache, over="mean", layers=(0, 1)).score_resid(cache.resid[:given])
+
+
 def test_a_given_threshold_is_taken_and_predictions_lie_strictly_above_it():
     cache, _ = planted_cache(40)
     scores = ls.Detector.fit(cache, layers=[1]).score(cache)

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,6 @@ from conftest import (
 import lens_safety as ls
 from lens_safety import models, wheels
 from lens_safety.models import (
-    Decoding,
     Engine,
     ModelFingerprint,
     borrowed,
@@ -33,10 +33,13 @@ from lens_safety.models import (
     end_of_text_ids,
     engine_of,
     fingerprint,
+    full_cache,
     full_logits,
     hooked_available,
     resid_hook,
     run_blocks,
+    site_hook,
+    unembedding_only,
 )
 from lens_safety.tokens import encode
 from lens_safety.types import MismatchError, ModelError, OptionError
@@ -191,19 +194,71 @@ def test_an_edit_of_the_unembedding_does_not_move_the_embedding(
     assert torch.equal(model.W_E, before)
 
 
-def test_a_cached_step_over_left_pads_gives_the_logits_of_the_prompt_alone(pair):
+def test_the_unembedding_sees_the_named_positions_alone_and_gives_their_logits(pair):
     model, _ = pair
-    short, long, more = IDS[:4], IDS, torch.tensor([[7], [9]])
-    pads = [0] * (len(long) - len(short))
-    tokens = torch.tensor([pads + short, long])
-    mask = torch.tensor([[False] * len(pads) + [True] * len(short), [True] * len(long)])
-    decoding = Decoding(model, 2)
-    first = decoding.step(tokens, mask)
-    second = decoding.step(more, torch.ones(2, 1, dtype=torch.bool))
-    for row, ids in enumerate([short, long]):
-        alone = full_logits(model, torch.tensor([[*ids, int(more[row])]]))[0]
-        torch.testing.assert_close(first[row], alone[-2], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(second[row], alone[-1], atol=1e-4, rtol=1e-4)
+    tokens = torch.tensor([IDS, IDS[::-1]])
+    whole = full_logits(model, tokens)
+    read = torch.tensor([[8, 2], [0, 0]])
+    rows = []
+
+    def positions(n_rows: int) -> torch.Tensor:
+        rows.append(n_rows)
+        return read
+
+    with borrowed(model), unembedding_only(model, positions):
+        some = model(tokens, padding_side="right", return_type="logits")
+    assert some.shape == (2, 2, whole.shape[2])
+    for row in range(2):
+        torch.testing.assert_close(some[row], whole[row, read[row]], atol=1e-5, rtol=1e-5)
+    assert rows == [2]
+    assert torch.equal(full_logits(model, tokens), whole)
+
+
+def test_the_unembedding_is_as_it_was_after_an_error(tiny):
+    whole = full_logits(tiny, torch.tensor([IDS]))
+    with (
+        pytest.raises(ZeroDivisionError),
+        unembedding_only(tiny, lambda n_rows: torch.zeros(n_rows, 1).long()),
+    ):
+        _ = 1 / 0
+    assert torch.equal(full_logits(tiny, torch.tensor([IDS])), whole)
+
+
+def test_a_full_cache_keeps_every_token_whatever_the_window(tiny_folders: dict[str, Path]):
+    hf_model, _ = models._hugging_face(str(tiny_folders["gemma3"]), torch.float32, "cpu")
+    ids = torch.tensor([IDS * 5])
+    assert ids.shape[1] > hf_model.config.sliding_window
+    cache = full_cache()
+    with torch.no_grad():
+        hf_model(ids, past_key_values=cache, use_cache=True)
+        own = hf_model(ids, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [ids.shape[1]] * 3
+    assert min(layer.keys.shape[2] for layer in own.layers) < ids.shape[1]
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out"])
+def test_every_site_has_a_hook_that_fires_once_a_pass(pair, site: str):
+    model, _ = pair
+    heard = []
+    with model.hooks(fwd_hooks=[(site_hook(1, site), lambda value, hook: heard.append(value))]):
+        full_logits(model, torch.tensor([IDS]))
+    assert [tuple(value.shape) for value in heard] == [(1, len(IDS), 16)]
+
+
+def test_what_a_block_adds_to_the_stream_is_what_its_sites_hold(pair):
+    model, _ = pair
+    heard = {}
+
+    def keep(value, hook, site):
+        heard[site] = value
+
+    sites = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    hooks = [(site_hook(1, site), partial(keep, site=site)) for site in sites]
+    with model.hooks(fwd_hooks=hooks):
+        full_logits(model, torch.tensor([IDS]))
+    total = heard["resid_pre"] + heard["attn_out"] + heard["mlp_out"]
+    torch.testing.assert_close(total, heard["resid_post"], atol=1e-5, rtol=1e-5)
+    assert (total - heard["resid_pre"]).norm() > 0.1
 
 
 def test_run_blocks_stops_after_the_last_layer_that_is_needed(tiny):

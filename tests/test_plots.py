@@ -10,11 +10,11 @@ import plotly.graph_objects as go
 import pytest
 from conftest import D_MODEL, N_LAYERS, planted_cache, relabelled
 from plotly.io import _kaleido
+from sweeps import linear
 
 import lens_safety as ls
 from lens_safety import plots
 from lens_safety.evaluate import compare
-from lens_safety.sweep import CONTENT, RANDOM, SteeringSweep
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
@@ -110,26 +110,53 @@ def test_comparison_leaves_a_gap_where_a_detector_was_not_tested_on_a_set(study_
     assert [s.x0 for s in figure.layout.shapes] == [0.5, 0.75]
 
 
-def test_dose_response_shows_the_random_control_through_the_same_baseline():
-    frame = pd.DataFrame(
-        {
-            "direction": [CONTENT] * 6 + [RANDOM] * 4,
-            "multiplier": [-1.0, -1.0, 0.0, 0.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0],
-            "dose": [0.1, 0.1, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1],
-            "prompt": ["a", "b"] * 5,
-            "text": "t",
-            "score": np.arange(10.0),
-            "nll": 1.0,
-            "repeated_4grams": 0.0,
-        }
-    )
-    figure: Any = plots.dose_response(SteeringSweep(frame, 1, "all", 0.25, 5, 0, "m"))
-    first = {trace.name: trace for trace in figure.data[:2]}
-    np.testing.assert_allclose(first["content vector"].y, [0.5, 2.5, 4.5])
-    np.testing.assert_allclose(first["random direction"].y, [6.5, 2.5, 8.5])
-    assert 0.25 in line_heights(figure)
-    assert "NLL (nats a token)" in titles(figure)
-    assert "n = 2 prompts" in figure.layout.title.text
+def test_dose_response_shows_effect_damage_the_band_and_the_cliff():
+    figure: Any = plots.dose_response(linear(), 3)
+    band, curve = figure.data[:2]
+    assert band.name == "3 random directions"
+    assert curve.name == "content vector"
+    assert list(curve.x) == [-4.0, -2.0, 0.0, 2.0, 4.0]
+    np.testing.assert_allclose(curve.y, [1.5, 2.5, 3.5, 4.5, 5.5])
+    np.testing.assert_allclose(sorted({round(y, 6) for y in band.y[:5]}), [3.5, 3.7, 3.9])
+    assert 3.5 in line_heights(figure)
+    assert {shape.x0 for shape in figure.layout.shapes} >= {-3.0, 3.0}
+    assert {"behaviour of the text", "NLL (nats a token)", "KL on neutral text (nats)"} <= titles(figure)
+    assert "n = 8 prompts" in figure.layout.title.text
+
+
+def test_dose_response_without_kl_and_controls_has_fewer_panels():
+    sweep = linear(randoms=())
+    sweep = replace(sweep, frame=sweep.frame.assign(kl=np.nan))
+    figure: Any = plots.dose_response(sweep)
+    assert "KL on neutral text (nats)" not in titles(figure)
+    assert {trace.name for trace in figure.data} == {"content vector"}
+
+
+def test_the_steering_map_is_layer_by_multiplier_around_no_change():
+    figure: Any = plots.steering_map(linear())
+    effect, damage = figure.data
+    np.testing.assert_allclose(effect.z, [[-2.0, -1.0, 1.0, 2.0]])
+    assert effect.zmin == -effect.zmax == -2.0
+    assert list(effect.y) == ["3"]
+    np.testing.assert_allclose(damage.z, [[0.8, 0.2, 0.2, 0.8]])
+
+
+def test_prompt_slopes_shows_each_prompt_beside_the_random_slopes():
+    figure: Any = plots.prompt_slopes(linear())
+    violin, band = figure.data
+    np.testing.assert_allclose(violin.y, [0.5] * 8)
+    np.testing.assert_allclose(band.y, [0.0], atol=1e-9)
+    np.testing.assert_allclose(band.error_y.array, [0.1])
+
+
+def test_operators_are_lines_of_effect_against_damage():
+    effects = linear().effects()
+    both = pd.concat([effects.assign(operator=name) for name in ("add", "rotate")])
+    figure: Any = plots.operators(both, "m")
+    assert [trace.name for trace in figure.data] == ["add", "add", "rotate", "rotate"]
+    assert [trace.showlegend for trace in figure.data] == [False, True, False, True]
+    np.testing.assert_allclose(figure.data[0].x, [0.2, 0.8])
+    np.testing.assert_allclose(figure.data[0].y, [-1.0, -2.0])
 
 
 def test_tone_and_content_shows_the_cosine_and_chance(study_parts):

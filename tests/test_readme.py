@@ -47,7 +47,7 @@ def loaded(built_in, built_in_cache, monkeypatch):
 
 def test_the_python_of_the_readme_runs(loaded, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 9
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -85,7 +85,7 @@ def short_sweep(real):
 
 def test_the_commands_of_the_readme_are_all_of_them():
     shown = {shlex.split(command)[1] for command in COMMANDS}
-    assert shown == {"study", "layers", "fit", "detect", "steer", "models", "prompts", "doctor"}
+    assert shown == {"study", "layers", "fit", "detect", "steer", "sweep", "models", "prompts", "doctor"}
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)

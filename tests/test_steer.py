@@ -1,205 +1,103 @@
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""The steering context: it comes and goes without a trace; the damage of steering; multipliers by damage."""
+
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, TEXTS, labelled
-from torch import Tensor
+from conftest import (
+    BATCH,
+    ROWS,
+    TEXTS,
+    TOKENS,
+    greedy_ids,
+    labelled,
+    listening,
+    same,
+    streams,
+    vectors_of,
+)
 
 import lens_safety as ls
-from lens_safety import steer
+from lens_safety import decoding, steer
 from lens_safety import tokens as tok
 from lens_safety.models import full_logits, resid_hook
-from lens_safety.steer import OPERATORS, _choose
+from lens_safety.operators import OPERATORS
 
-OPERATOR = pytest.mark.parametrize("operator", OPERATORS)
-BATCH, POS = 5, 11
-TOKENS = torch.randint(4, 300, (BATCH, POS), generator=torch.Generator().manual_seed(0))
-ROWS = [-2.0, 0.0, 1.5, 3.0, 0.5]
-
-
-def vectors_of(model) -> ls.ContentVectors:
-    return ls.content_vectors(ls.residual_streams(model, labelled(), template="raw", progress=False))
-
-
-@contextmanager
-def listening(model, layer: int) -> Iterator[list[Tensor]]:
-    """The residual streams of every call at one layer, as hooks registered until now leave them."""
-    heard: list[Tensor] = []
-
-    def keep(resid, hook):
-        heard.append(resid)
-
-    with model.hooks(fwd_hooks=[(resid_hook(layer), keep)]):
-        yield heard
-
-
-def streams(model, tokens: Tensor = TOKENS) -> tuple[list[Tensor], Tensor]:
-    """The residual stream of each layer, and the logits."""
-    with (
-        listening(model, 0) as first,
-        listening(model, 1) as second,
-        listening(model, 2) as third,
-    ):
-        logits = full_logits(model, tokens)
-    return [*first, *second, *third], logits
-
-
-def same(first: tuple[list[Tensor], Tensor], second: tuple[list[Tensor], Tensor]) -> bool:
-    pairs = zip([*first[0], first[1]], [*second[0], second[1]], strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-def greedy_ids(model, text: str, n: int, template: str = "auto") -> list[int]:
-    """The reference: the whole growing sequence through the model for each token, no cache."""
-    ids = torch.from_numpy(tok.encode(model, [text], template=template)[0].ids)[None]
-    start = ids.shape[1]
-    for _ in range(n):
-        ids = torch.cat([ids, full_logits(model, ids)[:, -1:].argmax(dim=-1)], dim=1)
-    return ids[0, start:].tolist()
-
-
-def decoded(model, ids: list[int]) -> str:
-    return model.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-@pytest.fixture
-def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No token ends a text, so that lengths are known."""
-    monkeypatch.setattr(steer, "end_of_text_ids", lambda tokenizer: [])
-
-
-@pytest.fixture
-def spelt(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts are token numbers, because most of a random model's tokens decode to the same sign."""
-
-    def spell(ids, **options) -> str:
-        return " ".join(str(int(i)) for i in ids)
-
-    monkeypatch.setattr(tiny.tokenizer, "decode", spell)
-
-
-def test_add_gives_the_residual_plus_multiplier_times_vector_bit_for_bit(tiny):
-    vectors = vectors_of(tiny)
-    base, base_logits = streams(tiny)
-    with ls.steering(tiny, vectors, layers=[1], multiplier=-2.5):
-        steered, logits = streams(tiny)
-    assert torch.equal(steered[1], base[1] + -2.5 * vectors.layer(1))
-    assert torch.equal(steered[0], base[0])
-    assert not torch.allclose(steered[2], base[2], atol=1e-2)
-    assert not torch.allclose(logits, base_logits, atol=1e-2)
-
-
-def test_a_positive_multiplier_raises_the_projection_on_the_direction_and_a_negative_lowers_it(
-    tiny,
-):
-    vectors = vectors_of(tiny)
-    projections = []
-    for multiplier in (-1.0, 0.0, 1.0):
-        with ls.steering(tiny, vectors, layers=[2], multiplier=multiplier):
-            projections.append(streams(tiny)[0][2] @ vectors.unit[2])
-    low, middle, high = projections
-    assert torch.allclose(high - middle, vectors.norms[2].expand(BATCH, POS), atol=1e-4)
-    assert torch.allclose(middle - low, vectors.norms[2].expand(BATCH, POS), atol=1e-4)
+OPERATOR = pytest.mark.parametrize("operator", [*OPERATORS, "clamp:3.5"])
 
 
 @OPERATOR
-def test_multiplier_zero_is_the_identity_bit_for_bit(tiny, operator):
-    base = streams(tiny)
-    with ls.steering(tiny, vectors_of(tiny), layers=[0, 1, 2], multiplier=0.0, operator=operator):
-        assert same(streams(tiny), base)
-
-
-@OPERATOR
-def test_leaving_the_context_restores_every_bit(tiny, operator):
+def test_leaving_the_context_restores_every_bit(tiny, operator: str):
     base = streams(tiny)
     with ls.steering(tiny, vectors_of(tiny), layers=[0, 2], operator=operator):
         assert not same(streams(tiny), base)
     assert same(streams(tiny), base)
 
 
-def test_an_exception_inside_the_context_restores_every_bit_and_is_not_swallowed(tiny):
+@OPERATOR
+def test_an_exception_inside_the_context_restores_every_bit_and_is_not_swallowed(tiny, operator: str):
     base, vectors = streams(tiny), vectors_of(tiny)
-    with pytest.raises(ZeroDivisionError), ls.steering(tiny, vectors, layers=[1]):
+    with pytest.raises(ZeroDivisionError), ls.steering(tiny, vectors, layers=[1], operator=operator):
         _ = 1 / 0
     assert same(streams(tiny), base)
 
 
-def test_ablation_leaves_no_projection_in_any_row_or_position(tiny):
-    vectors = vectors_of(tiny)
-    u = vectors.unit[1]
-    base, _ = streams(tiny)
-    with ls.steering(tiny, vectors, layers=[1], operator="ablate"):
-        ablated, _ = streams(tiny)
-    share = (ablated[1] @ u).abs() / base[1].norm(dim=-1)
-    assert share.shape == (BATCH, POS)
-    assert float(share.max()) < 1e-5
-    assert float(((base[1] @ u).abs() / base[1].norm(dim=-1)).median()) > 1e-2
-
-
-@pytest.mark.parametrize("multiplier", [0.5, 1.0, 2.0])
-def test_ablation_takes_its_share_of_the_projection_and_nothing_beside_it(tiny, multiplier: float):
-    vectors = vectors_of(tiny)
-    u = vectors.unit[1]
-    base, _ = streams(tiny)
-    with ls.steering(tiny, vectors, layers=[1], operator="ablate", multiplier=multiplier):
-        ablated, _ = streams(tiny)
-    along = (base[1] @ u)[..., None] * u
-    assert torch.allclose(ablated[1], base[1] - multiplier * along, atol=1e-5)
-
-
-@OPERATOR
-def test_ablation_alone_is_blind_to_the_length_and_the_sign_of_the_vector(tiny, operator):
-    vectors = vectors_of(tiny)
-    kept = []
-    for scaled in (vectors, -3 * vectors):
-        with ls.steering(tiny, scaled, layers=[1], operator=operator):
-            kept.append(streams(tiny)[0][1])
-    assert torch.allclose(*kept, atol=1e-5) == (operator == "ablate")
-
-
-@OPERATOR
-def test_each_row_is_steered_by_its_own_multiplier_as_if_all_had_it(tiny, operator):
-    vectors = vectors_of(tiny)
-    options = {"layers": [0, 1], "operator": operator}
-    with ls.steering(tiny, vectors, multiplier=ROWS, **options):
-        mixed, mixed_logits = streams(tiny)
-    for row, multiplier in enumerate(ROWS):
-        with ls.steering(tiny, vectors, multiplier=multiplier, **options):
-            alone, logits = streams(tiny)
-        assert torch.equal(mixed_logits[row], logits[row])
-        assert all(torch.equal(a[row], b[row]) for a, b in zip(mixed, alone, strict=True))
-    assert not torch.allclose(mixed[1][0], mixed[1][3])
-
-
-def test_as_many_multipliers_as_rows_are_needed_and_one_serves_all(tiny):
+def test_an_exception_in_the_middle_of_a_pass_restores_every_bit(tiny):
     base, vectors = streams(tiny), vectors_of(tiny)
-    with (
-        pytest.raises(ls.OptionError, match="2 multipliers given for a batch of 5 rows"),
-        ls.steering(tiny, vectors, layers=[1], multiplier=[1.0, 2.0]),
-    ):
+    options: dict[str, Any] = {"layers": [1], "schedule": lambda step: 1 / 0}
+    with pytest.raises(ZeroDivisionError), ls.steering(tiny, vectors, **options):
         streams(tiny)
     assert same(streams(tiny), base)
-    with ls.steering(tiny, vectors, layers=[1], multiplier=[1.0]):
-        listed = streams(tiny)
-    with ls.steering(tiny, vectors, layers=[1], multiplier=1.0):
-        assert same(streams(tiny), listed)
+    with pytest.raises(ZeroDivisionError), ls.steering(tiny, vectors, multiplier=[1.0, 2.0], **options):
+        ls.generate(tiny, ["a cake"] * 2)
+    assert same(streams(tiny), base)
+    assert not decoding.is_own_pass()
 
 
-def test_several_layers_are_steered_as_by_hooks_written_by_hand(tiny):
+def test_after_the_context_prompts_are_shared_again(tiny):
+    vectors, texts = vectors_of(tiny), [TEXTS[0]] * 2
+
+    def rows_at_the_top() -> int:
+        with listening(tiny, 2) as heard:
+            ls.next_token_logits(tiny, texts)
+        return len(heard[0])
+
+    with ls.steering(tiny, vectors, layers=[1], multiplier=[1.0, 2.0]):
+        assert rows_at_the_top() == 2
+    assert rows_at_the_top() == 1
+    with pytest.raises(ZeroDivisionError), ls.steering(tiny, vectors, layers=[1], multiplier=[1.0, 2.0]):
+        _ = 1 / 0
+    assert rows_at_the_top() == 1
+
+
+def test_nothing_is_set_up_where_the_arguments_are_refused(tiny):
+    base, vectors = streams(tiny), vectors_of(tiny)
+    with (
+        pytest.raises(ls.OptionError, match="layer 9 given"),
+        ls.steering(tiny, vectors, layers=[1, 9]),
+    ):
+        pytest.fail("it was taken")
+    assert same(streams(tiny), base)
+
+
+@OPERATOR
+def test_nothing_is_edited_in_place(tiny, operator: str):
     vectors = vectors_of(tiny)
-
-    def by_hand(layer: int):
-        return resid_hook(layer), lambda resid, hook: resid + 1.5 * vectors.layer(layer)
-
-    with tiny.hooks(fwd_hooks=[by_hand(2), by_hand(0)]):
-        expected = streams(tiny)
-    with ls.steering(tiny, vectors, layers=[2, 0], multiplier=1.5) as record:
-        assert same(streams(tiny), expected)
-    assert record.layers == (2, 0)
+    tensors = ("vectors", "safe_mean", "dangerous_mean", "resid_norm")
+    before = [getattr(vectors, name).clone() for name in tensors]
+    base, _ = streams(tiny)
+    with (
+        listening(tiny, 1) as earlier,
+        ls.steering(tiny, vectors, layers=[1], operator=operator),
+        listening(tiny, 1) as later,
+    ):
+        full_logits(tiny, TOKENS)
+    assert torch.equal(earlier[0], base[1])
+    assert not torch.allclose(later[0], base[1], atol=1e-3)
+    assert all(torch.equal(getattr(vectors, n), b) for n, b in zip(tensors, before, strict=True))
 
 
 def test_each_layers_hook_fires_once_a_pass_and_only_inside_the_context(tiny):
@@ -214,23 +112,28 @@ def test_each_layers_hook_fires_once_a_pass_and_only_inside_the_context(tiny):
 def test_contexts_nest_and_their_pushes_add_up(tiny):
     vectors = vectors_of(tiny)
     base, _ = streams(tiny)
-    with ls.steering(tiny, vectors, layers=[1], multiplier=1.0):
-        with ls.steering(tiny, vectors, layers=[1], multiplier=2.0):
+    with ls.steering(tiny, vectors, layers=[1], multiplier=1.0) as outer:
+        with ls.steering(tiny, vectors, layers=[1], multiplier=2.0) as inner:
             both = streams(tiny)[0][1]
         one = streams(tiny)[0][1]
     v = vectors.layer(1)
     assert torch.equal(both, base[1] + 1.0 * v + 2.0 * v)
     assert torch.equal(one, base[1] + 1.0 * v)
+    assert (outer.fired, inner.fired) == ({1: 2}, {1: 1})
 
 
-def test_the_record_says_the_dose_of_each_layer_and_multiplier(tiny):
+def test_an_ablation_inside_a_push_undoes_it_and_outside_it_does_not(tiny):
     vectors = vectors_of(tiny)
-    with ls.steering(tiny, vectors, layers=[2, 0], multiplier=[1.0, -2.0]) as record:
-        pass
-    ratio = (vectors.norms / vectors.resid_norm).tolist()
-    expected = [[ratio[2], 2 * ratio[2]], [ratio[0], 2 * ratio[0]]]
-    assert np.array(record.dose) == pytest.approx(np.array(expected))
-    assert record.multiplier == (1.0, -2.0)
+    u = vectors.unit[1]
+    push: dict[str, Any] = {"layers": [1], "multiplier": 5.0}
+    ablate: dict[str, Any] = {"layers": [1], "operator": "ablate"}
+    with ls.steering(tiny, vectors, **ablate):
+        alone = streams(tiny)
+    with ls.steering(tiny, vectors, **push), ls.steering(tiny, vectors, **ablate):
+        assert torch.allclose(streams(tiny)[0][1], alone[0][1], atol=1e-4)
+    with ls.steering(tiny, vectors, **ablate), ls.steering(tiny, vectors, **push):
+        late = streams(tiny)[0][1]
+    assert torch.allclose(late @ u, (5 * vectors.norms[1]).expand(BATCH, TOKENS.shape[1]), atol=1e-3)
 
 
 def test_a_hook_of_the_users_own_survives_the_context(tiny):
@@ -254,425 +157,221 @@ def test_a_hook_that_was_added_for_good_survives_the_context(tiny):
     assert len(heard) == 2
 
 
-@OPERATOR
-def test_nothing_is_edited_in_place(tiny, operator):
+def test_the_record_says_the_dose_of_each_layer_and_multiplier(tiny):
     vectors = vectors_of(tiny)
-    tensors = ("vectors", "safe_mean", "dangerous_mean", "resid_norm")
-    before = [getattr(vectors, name).clone() for name in tensors]
-    base, _ = streams(tiny)
-    with (
-        listening(tiny, 1) as earlier,
-        ls.steering(tiny, vectors, layers=[1], operator=operator),
-        listening(tiny, 1) as later,
-    ):
-        full_logits(tiny, TOKENS)
-    assert torch.equal(earlier[0], base[1])
-    assert not torch.allclose(later[0], base[1], atol=1e-3)
-    assert all(torch.equal(getattr(vectors, n), b) for n, b in zip(tensors, before, strict=True))
-
-
-def test_layers_vectors_and_multipliers_that_cannot_be_used_are_refused(tiny):
-    vectors, base = vectors_of(tiny), streams(tiny)
-    broken = vectors.vectors.clone()
-    broken[1, 3] = float("nan")
-    other = replace(vectors, model=replace(vectors.model, probe=(1.0,) * (N_LAYERS + 1)))
-    fewer = ls.content_vectors(ls.residual_streams(tiny, labelled(), layers=[0, 2], progress=False))
-    cases = [
-        (vectors, {"layers": [N_LAYERS]}, ls.OptionError, "layer 3 given, expected 0 to 2"),
-        (vectors, {"layers": [-1]}, ls.OptionError, "layer -1 given"),
-        (vectors, {"layers": []}, ls.OptionError, "no layers given"),
-        (0.0 * vectors, {}, ls.OptionError, "the vector of layer 1 is zero"),
-        (replace(vectors, vectors=broken), {}, ls.OptionError, "layer 1 holds NaN"),
-        (other, {}, ls.MismatchError, "other weights"),
-        (fewer, {}, ls.MismatchError, "layer 1 given, expected one of the layers with a vector"),
-        (vectors, {"multiplier": float("nan")}, ls.OptionError, "multiplier nan given"),
-        (vectors, {"multiplier": float("inf")}, ls.OptionError, "multiplier inf given"),
-        (vectors, {"multiplier": 1e39}, ls.OptionError, "a finite number"),
-        (vectors, {"multiplier": [1.0, float("nan")]}, ls.OptionError, "a finite number"),
-        (vectors, {"multiplier": []}, ls.OptionError, "a finite number"),
-    ]
-    for given, options, error, says in cases:
-        with (
-            pytest.raises(error, match=says),
-            ls.steering(tiny, given, **{"layers": [1], **options}),
-        ):
-            pytest.fail(f"{options} was taken")
-    assert same(streams(tiny), base)
+    with ls.steering(tiny, vectors, layers=[2, 0], multiplier=[1.0, -2.0]) as record:
+        pass
+    ratio = (vectors.norms / vectors.resid_norm).tolist()
+    frame = record.to_frame()
+    assert frame["dose"].tolist() == pytest.approx([ratio[2], 2 * ratio[2], ratio[0], 2 * ratio[0]])
+    assert frame["multiplier"].tolist() == [1.0, -2.0, 1.0, -2.0]
 
 
 def test_half_precision_stays_half_precision_and_is_steered_by_the_rounded_vector(engine, tiny_folders):
     model = ls.load_model(tiny_folders["llama"], engine=engine, dtype=torch.bfloat16)
     vectors = vectors_of(model)
-    base, _ = streams(model)
+    base, base_logits = streams(model)
     with ls.steering(model, vectors, layers=[1], multiplier=1.5):
         steered, _ = streams(model)
-    assert steered[1].dtype == torch.bfloat16
     assert torch.equal(steered[1], base[1] + (1.5 * vectors.layer(1)).to(torch.bfloat16))
+    for operator in OPERATORS:
+        with ls.steering(model, vectors, layers=[0, 1], operator=operator, multiplier=ROWS):
+            changed, logits = streams(model)
+            assert len(ls.generate(model, ["a cake"] * BATCH, max_new_tokens=2)) == BATCH
+        assert {h.dtype for h in changed} == {torch.bfloat16}
+        assert torch.equal(logits[ROWS.index(0.0)], base_logits[ROWS.index(0.0)])
+        assert not torch.equal(logits[0], base_logits[0])
     with ls.steering(model, vectors, layers=[1], operator="ablate"):
         ablated, _ = streams(model)
-    assert ablated[1].dtype == torch.bfloat16
     share = (ablated[1].float() @ vectors.unit[1]).abs() / base[1].float().norm(dim=-1)
     assert float(share.max()) < 1e-2
 
 
-def test_a_vector_that_is_zero_or_nan_at_another_layer_does_no_harm(tiny):
-    vectors = vectors_of(tiny)
-    odd = vectors.vectors.clone()
-    odd[0], odd[2] = 0.0, float("nan")
-    base, _ = streams(tiny)
-    with ls.steering(tiny, replace(vectors, vectors=odd), layers=[1]):
-        assert torch.equal(streams(tiny)[0][1], base[1] + vectors.layer(1))
+# The damage of a plan
 
 
-def test_unknown_operators_and_positions_are_refused_by_name(tiny):
-    unchecked, vectors = inspect.unwrap(ls.steering), vectors_of(tiny)
-    with pytest.raises(ls.OptionError, match="unknown operator 'erase': expected one of add, ablate"):
-        next(unchecked(tiny, vectors, layers=[1], operator="erase"))
-    with pytest.raises(ls.OptionError, match="unknown positions 'prompt': expected one of all"):
-        next(unchecked(tiny, vectors, layers=[1], positions="prompt"))
+def plans_at(model, vectors, multipliers: list[float], **options) -> list[ls.SteeringPlan]:
+    given: dict[str, Any] = {"layers": [1], **options}
+    return [ls.steering_plan(model, vectors, multiplier=m, **given) for m in multipliers]
 
 
-def test_outside_generate_generated_means_a_pass_over_a_single_token(tiny):
-    vectors = vectors_of(tiny)
-    base, single = streams(tiny), streams(tiny, TOKENS[:, :1])
-    with ls.steering(tiny, vectors, layers=[1], positions="generated") as record:
-        assert same(streams(tiny), base)
-        steered, _ = streams(tiny, TOKENS[:, :1])
-    assert torch.equal(steered[1], single[0][1] + vectors.layer(1))
-    assert record.fired == {1: 2}
-
-
-def test_generated_leaves_the_prompt_alone_and_steers_every_later_token(tiny, endless):
-    vectors, texts = vectors_of(tiny), list(TEXTS[:3])
-    with listening(tiny, 1) as plain:
-        ls.generate(tiny, texts, max_new_tokens=4)
-    with (
-        ls.steering(tiny, vectors, layers=[1], multiplier=1.5, positions="generated"),
-        listening(tiny, 1) as steered,
-    ):
-        ls.generate(tiny, texts, max_new_tokens=4)
-    longest = max(len(one) for one in tok.encode(tiny, texts))
-    assert [tuple(h.shape) for h in steered] == [(3, longest, D_MODEL)] + [(3, 1, D_MODEL)] * 3
-    assert torch.equal(steered[0], plain[0])
-    # The first generated token is chosen before anything is steered, so its input is the same.
-    assert torch.equal(steered[1], plain[1] + 1.5 * vectors.layer(1))
-
-
-def test_all_positions_inside_generate_include_the_prompt(tiny, endless):
-    vectors = vectors_of(tiny)
-    with listening(tiny, 1) as plain:
-        ls.generate(tiny, [TEXTS[0]], max_new_tokens=1)
-    with ls.steering(tiny, vectors, layers=[1]), listening(tiny, 1) as steered:
-        ls.generate(tiny, [TEXTS[0]], max_new_tokens=1)
-    assert torch.equal(steered[0], plain[0] + vectors.layer(1))
-
-
-def test_a_prompt_of_one_token_is_still_a_prompt_inside_generate(tiny, endless, monkeypatch):
-    vectors, one = vectors_of(tiny), tok.Encoded(np.array([70]), np.array([True]))
-    monkeypatch.setattr(tok, "encode", lambda model, texts, **options: [one])
-    with listening(tiny, 1) as plain:
-        ls.generate(tiny, ["x"], max_new_tokens=2)
-    with (
-        ls.steering(tiny, vectors, layers=[1], positions="generated"),
-        listening(tiny, 1) as steered,
-    ):
-        ls.generate(tiny, ["x"], max_new_tokens=2)
-    assert [h.shape[1] for h in steered] == [1, 1]
-    assert torch.equal(steered[0], plain[0])
-    assert torch.equal(steered[1], plain[1] + vectors.layer(1))
-
-
-def test_the_prompts_mark_is_gone_after_generate_even_after_an_error_inside_it(tiny):
-    vectors, base = vectors_of(tiny), streams(tiny)
-
-    def fail(resid, hook):
-        raise ZeroDivisionError
-
-    with (
-        ls.steering(tiny, vectors, layers=[1], positions="generated"),
-        pytest.raises(ZeroDivisionError),
-        tiny.hooks(fwd_hooks=[(resid_hook(2), fail)]),
-    ):
-        ls.generate(tiny, ["a cake"])
-    single = streams(tiny, TOKENS[:, :1])[0][1]
-    with ls.steering(tiny, vectors, layers=[1], positions="generated"):
-        assert same(streams(tiny), base)
-        assert torch.equal(streams(tiny, TOKENS[:, :1])[0][1], single + vectors.layer(1))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("batch_size", [None, 1, 2])
-def test_each_steps_logits_are_those_of_the_whole_sequence_without_cache_or_padding(
-    architecture, batch_size, engine, tiny_folders, tiny_models, endless, monkeypatch
-):
-    key = ("steer", architecture, engine)
-    if key not in tiny_models:
-        tiny_models[key] = ls.load_model(tiny_folders[architecture], engine=engine)
-    model, texts, n = tiny_models[key], list(TEXTS[:3]), 12
-    chosen = torch.randint(4, 300, (n,), generator=torch.Generator().manual_seed(1))
-    heard: list[Tensor] = []
-
-    def choose(logits: Tensor, *options) -> Tensor:
-        heard.append(logits)
-        return chosen[(len(heard) - 1) % n].expand(len(logits))
-
-    monkeypatch.setattr(steer, "_choose", choose)
-    ls.generate(model, texts, max_new_tokens=n, batch_size=batch_size)
-    made = torch.cat([torch.stack(heard[i : i + n]) for i in range(0, len(heard), n)], dim=1)
-    for row, one in enumerate(tok.encode(model, texts)):
-        ids = torch.cat([torch.from_numpy(one.ids), chosen])[None]
-        expected = full_logits(model, ids)[0, len(one) - 1 : -1]
-        assert torch.allclose(made[:, row], expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("batch_size", [None, 1, 2])
-def test_greedy_text_is_that_of_the_whole_sequence_without_a_cache(
-    tiny, spelt, endless, batch_size: int | None
-):
-    texts = list(TEXTS)
-    expected = [decoded(tiny, greedy_ids(tiny, text, 12)) for text in texts]
-    assert ls.generate(tiny, texts, max_new_tokens=12, batch_size=batch_size) == expected
-    assert len(set(expected)) == len(texts)
-
-
-def test_the_built_in_models_greedy_text_is_that_of_the_whole_sequence_without_a_cache(smol, endless):
-    texts = ["The hotel we stayed in was", "My"]
-    expected = [decoded(smol, greedy_ids(smol, text, 12, "raw")) for text in texts]
-    assert ls.generate(smol, texts, max_new_tokens=12, template="raw") == expected
-    assert all(len(text.split()) > 5 for text in expected)
-
-
-def test_the_order_of_prompts_is_the_order_of_texts(tiny, spelt, endless):
-    texts = ls.generate(tiny, list(TEXTS), max_new_tokens=6, batch_size=2)
-    backwards = ls.generate(tiny, list(TEXTS[::-1]), max_new_tokens=6, batch_size=2)
-    assert backwards == texts[::-1]
-    assert len(set(texts)) == len(TEXTS)
-
-
-def test_a_row_ends_at_its_end_token_and_the_others_go_on(tiny, spelt, monkeypatch):
-    ids = {text: greedy_ids(tiny, text, 10) for text in TEXTS}
-    # A token that one row makes early but not at once, and another row never makes.
-    short, long, end = next(
-        (a, b, token)
-        for a in TEXTS
-        for b in TEXTS
-        for token in ids[a][1:4]
-        if token != ids[a][0] and token not in ids[b]
-    )
-    monkeypatch.setattr(steer, "end_of_text_ids", lambda tokenizer: [end])
-    made = ls.generate(tiny, [short, long], max_new_tokens=10)
-    cut = ids[short][: ids[short].index(end)]
-    assert made == [decoded(tiny, cut), decoded(tiny, ids[long])]
-    assert 1 <= len(cut) <= 3
-
-
-def test_decoding_stops_when_every_row_has_ended(tiny, monkeypatch):
-    first = greedy_ids(tiny, TEXTS[0], 1)[0]
-    monkeypatch.setattr(steer, "end_of_text_ids", lambda tokenizer: [first])
-    with listening(tiny, 0) as heard:
-        assert ls.generate(tiny, [TEXTS[0]], max_new_tokens=9) == [""]
-    assert len(heard) == 1
-
-
-def test_special_tokens_are_left_out_of_the_text(tiny, endless, monkeypatch):
-    special = tiny.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    monkeypatch.setattr(steer, "_choose", lambda logits, *options: torch.tensor([special]))
-    assert ls.generate(tiny, ["a cake"], max_new_tokens=3) == [""]
-
-
-@pytest.mark.parametrize("n", [1, 5])
-def test_exactly_as_many_tokens_are_made_as_were_asked_for(tiny, spelt, endless, n: int):
-    with ls.steering(tiny, vectors_of(tiny), layers=[1], multiplier=0.0) as record:
-        made = ls.generate(tiny, [TEXTS[0]], max_new_tokens=n)
-    assert record.fired == {1: n}
-    assert made == [decoded(tiny, greedy_ids(tiny, TEXTS[0], n))]
-
-
-def test_sampling_repeats_by_seed_and_differs_between_seeds(tiny, endless):
-    def drawn(seed: int) -> list[str]:
-        texts = list(TEXTS[:2])
-        return ls.generate(tiny, texts, max_new_tokens=10, temperature=1.0, seed=seed)
-
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
-
-
-def test_sampling_leaves_the_callers_random_state_alone(tiny, endless):
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    ls.generate(tiny, ["a cake"], max_new_tokens=3, temperature=1.0)
-    assert torch.equal(torch.rand(1), expected)
-
-
-@pytest.mark.parametrize(
-    "options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-5}], ids=lambda o: next(iter(o))
-)
-def test_sampling_that_leaves_one_choice_is_greedy(tiny, endless, options):
-    texts = list(TEXTS[:3])
-    greedy = ls.generate(tiny, texts, max_new_tokens=10)
-    hot = {"temperature": 3.0, "max_new_tokens": 10, "seed": 3}
-    assert ls.generate(tiny, texts, **{**hot, **options}) == greedy
-    assert ls.generate(tiny, texts, **hot) != greedy
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.5, 0.3, 0.15, 0.05]),
-        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
-        ({"top_k": 9}, [0.5, 0.3, 0.15, 0.05]),
-        ({"top_p": 0.79}, [0.625, 0.375, 0, 0]),
-        ({"top_p": 0.81}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
-        ({"top_p": 1.0}, [0.5, 0.3, 0.15, 0.05]),
-        ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
-        ({"temperature": 0.0}, [1, 0, 0, 0]),
-    ],
-)
-def test_tokens_are_drawn_with_the_probabilities_of_their_definition(options, expected):
-    order = torch.tensor([2, 0, 3, 1])
-    logits = torch.empty(4)
-    logits[order] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-    generator = torch.Generator().manual_seed(0)
-    drawn = _choose(logits.expand(20000, 4), generator=generator, **options)
-    shares = torch.bincount(drawn, minlength=4)[order] / 20000
-    assert shares.tolist() == pytest.approx(expected, abs=0.015)
-    assert [share == 0 for share in shares] == [share == 0 for share in expected]
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 given, expected 1 or more"),
-        ({"temperature": -0.1}, "temperature=-0.1 given, expected 0"),
-        ({"temperature": float("inf")}, "temperature=inf given"),
-        ({"temperature": float("nan")}, "temperature=nan given"),
-        ({"top_k": 0}, "top_k=0 given, expected 1 or more"),
-        ({"top_p": 0.0}, "top_p=0.0 given, expected above 0 and at most 1"),
-        ({"top_p": 1.1}, "top_p=1.1 given"),
-        ({"batch_size": 0}, "batch_size=0 given, expected 1 or more"),
-        ({"batch_size": -2}, "batch_size=-2 given, expected 1 or more"),
-    ],
-)
-def test_options_out_of_range_are_refused(tiny, options, says: str):
-    with pytest.raises(ls.OptionError, match=says):
-        ls.generate(tiny, ["a cake"], **options)
-
-
-def test_no_prompts_an_empty_prompt_and_a_lone_string_are_refused(tiny):
-    for prompts in ([], [" "], "a cake"):
-        with pytest.raises(ls.PromptError):
-            ls.generate(tiny, prompts)
-
-
-def test_a_prompt_may_fill_the_context_with_its_text_to_the_last_token_and_no_further(tiny, endless):
-    room = tiny.cfg.n_ctx - len(tok.encode(tiny, [TEXTS[0]])[0])
-    with listening(tiny, 0) as heard:
-        ls.generate(tiny, [TEXTS[0]], max_new_tokens=room)
-    assert len(heard) == room
-    with pytest.raises(ls.PromptError, match=f"beside {room + 1} new ones"):
-        ls.generate(tiny, [TEXTS[0]], max_new_tokens=room + 1)
-
-
-def test_the_chat_template_is_used_unless_told_otherwise(tiny, endless):
-    texts = list(TEXTS[:2])
-    chat, raw = (ls.generate(tiny, texts, max_new_tokens=8, template=t) for t in ("chat", "raw"))
-    assert ls.generate(tiny, texts, max_new_tokens=8) == chat != raw
-
-
-def test_the_model_is_given_back_as_it_was_lent(tiny):
-    tokenizer, prompts = tiny.tokenizer, ["a cake", "a kite for the garden"]
-    tokenizer.padding_side = "right"
-    texts = ls.generate(tiny, prompts, max_new_tokens=3)
-    assert tokenizer.padding_side == "right"
-    assert not tiny.training
-    tiny.train()
-    try:
-        assert ls.generate(tiny, prompts, max_new_tokens=3) == texts
-        assert tiny.training
-    finally:
-        tiny.eval()
-    assert torch.is_grad_enabled()
+def kl_by_hand(model, vectors, text: str, n: int, push) -> float:
+    """Mean KL(unsteered || steered) over the next n tokens, each predicted by the whole sequence."""
+    start = len(tok.encode(model, [text])[0])
+    ids = torch.tensor([[*tok.encode(model, [text])[0].ids.tolist(), *greedy_ids(model, text, n)[:-1]]])
+    base = full_logits(model, ids)[0, start - 1 :].double().log_softmax(dim=-1)
+    with model.hooks(fwd_hooks=[(resid_hook(1), lambda resid, hook: push(resid, start))]):
+        steered = full_logits(model, ids)[0, start - 1 :].double().log_softmax(dim=-1)
+    assert len(base) == n
+    return float((base.exp() * (base - steered)).sum(dim=-1).mean())
 
 
 @pytest.mark.parametrize("positions", ["all", "generated"])
-def test_rows_of_one_generation_are_steered_each_by_its_own_multiplier(tiny, endless, positions):
-    vectors, multipliers = vectors_of(tiny), [0.0, 4.0, -4.0]
-    options = {"layers": [1, 2], "positions": positions}
-    with ls.steering(tiny, vectors, multiplier=multipliers, **options):
-        together = ls.generate(tiny, [TEXTS[0]] * 3, max_new_tokens=10)
-    for text, multiplier in zip(together, multipliers, strict=True):
-        with ls.steering(tiny, vectors, multiplier=multiplier, **options):
-            assert ls.generate(tiny, [TEXTS[0]], max_new_tokens=10) == [text]
-    assert together[0] == ls.generate(tiny, [TEXTS[0]], max_new_tokens=10)[0]
-    assert len(set(together)) == 3
+def test_the_damage_is_the_mean_divergence_of_the_next_token(any_tiny, endless, positions: str):
+    vectors, multipliers, texts = vectors_of(any_tiny), [0.0, 2.0, -1.5], list(TEXTS[:2])
+    plans = plans_at(any_tiny, vectors, multipliers, positions=positions)
+    kl = ls.next_token_kl(any_tiny, plans, texts, n_tokens=4)
+    assert kl.shape == (3, 2)
+    for row, multiplier in enumerate(multipliers):
+
+        def push(resid, start, m=multiplier):
+            steered = resid + m * vectors.layer(1)
+            return torch.cat([resid[:, :start], steered[:, start:]], 1) if positions != "all" else steered
+
+        expected = [kl_by_hand(any_tiny, vectors, text, 4, push) for text in texts]
+        assert kl[row] == pytest.approx(expected, rel=1e-2, abs=1e-6)
+    assert np.abs(kl[0]).max() < 1e-6
+    assert kl[1:].min() > 1e-4
 
 
-def test_a_large_multiplier_changes_the_built_in_models_text_and_zero_does_not(smol):
-    prompts = labelled(["a nice day", "a bloody murder"], [False, True])
-    vectors = ls.content_vectors(ls.residual_streams(smol, prompts, layers=[20], progress=False))
-    made = []
-    for multiplier in (0.0, 8.0):
-        with ls.steering(smol, vectors, layers=[20], multiplier=multiplier):
-            made.append(ls.generate(smol, ["My day was"], max_new_tokens=6))
-    assert made[0] == ls.generate(smol, ["My day was"], max_new_tokens=6) != made[1]
+def test_the_damage_of_nothing_is_zero_and_grows_with_the_multiplier(tiny):
+    vectors = vectors_of(tiny)
+    for sign in (1, -1):
+        multipliers = [sign * m for m in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)]
+        kl = ls.next_token_kl(tiny, plans_at(tiny, vectors, multipliers), list(TEXTS)).mean(axis=1)
+        assert kl[0] < 1e-9
+        assert np.all(np.diff(kl) > 0)
 
 
-def nll_by_hand(model, prompt: str, continuation: str) -> float:
-    ids = tok.encode(model, [prompt])[0].ids.tolist()
-    more = model.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    log_p = full_logits(model, torch.tensor([ids + more]))[0].log_softmax(dim=-1)
-    terms = [-float(log_p[len(ids) - 1 + i, token]) for i, token in enumerate(more)]
-    return sum(terms) / len(terms)
+def test_a_plan_does_the_same_damage_beside_others_and_alone(any_tiny, monkeypatch):
+    monkeypatch.setattr(steer, "_ROWS_A_PASS", 3)
+    vectors = vectors_of(any_tiny)
+    other = ls.random_vectors(vectors)
+    plans = [
+        *plans_at(any_tiny, vectors, [1.0, -2.0]),
+        *plans_at(any_tiny, other, [1.0], layers=[0, 2]),
+        *plans_at(any_tiny, vectors, [3.0], layers=[2]),
+    ]
+    together = ls.next_token_kl(any_tiny, plans, [TEXTS[0]], n_tokens=4)
+    alone = [ls.next_token_kl(any_tiny, [plan], [TEXTS[0]], n_tokens=4)[0] for plan in plans]
+    assert together == pytest.approx(np.array(alone), rel=1e-3, abs=1e-7)
+    assert len(np.unique(together.round(6))) == 4
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 64, 1024])
-def test_the_cost_of_a_continuation_is_its_mean_negative_log_likelihood(tiny, batch_tokens: int):
-    continuations = [" for the garden", " a", " make how do I a kite", " cake", " the the the"]
-    costs = ls.continuation_nll(tiny, list(TEXTS), continuations, batch_tokens=batch_tokens)
-    expected = [nll_by_hand(tiny, *pair) for pair in zip(TEXTS, continuations, strict=True)]
-    assert costs == pytest.approx(expected, abs=1e-4)
-    assert np.ptp(costs) > 0.1
+def test_plans_that_do_not_reach_the_continuation_do_no_damage(tiny, endless):
+    plans = plans_at(tiny, vectors_of(tiny), [1.0, 2.0], positions="generated:20:30")
+    assert not ls.next_token_kl(tiny, plans, list(TEXTS[:2]), n_tokens=4).any()
+    assert ls.next_token_kl(tiny, plans, list(TEXTS[:2]), n_tokens=24).all()
 
 
-def test_an_empty_continuation_has_no_cost_and_leaves_the_others_theirs(tiny):
-    costs = ls.continuation_nll(tiny, list(TEXTS[:3]), [" a kite", "", " cake"])
-    assert np.isnan(costs).tolist() == [False, True, False]
-    assert costs[2] == pytest.approx(nll_by_hand(tiny, TEXTS[2], " cake"), abs=1e-4)
+def test_a_text_that_ends_at_once_has_its_one_next_token(tiny, monkeypatch):
+    (end,) = greedy_ids(tiny, TEXTS[0], 1)
+    monkeypatch.setattr(decoding, "end_of_text_ids", lambda tokenizer: [end])
+    vectors = vectors_of(tiny)
+    plans = plans_at(tiny, vectors, [0.0, 2.0])
+    kl = ls.next_token_kl(tiny, plans, [TEXTS[0]])
+    expected = kl_by_hand(tiny, vectors, TEXTS[0], 1, lambda resid, start: resid + 2.0 * vectors.layer(1))
+    assert kl[:, 0] == pytest.approx([0, expected], rel=1e-2, abs=1e-6)
 
 
-def test_there_is_one_continuation_for_each_prompt(tiny):
-    with pytest.raises(ls.OptionError, match="2 prompts and 1 continuations"):
-        ls.continuation_nll(tiny, ["a cake", "a kite"], [" for"])
+def test_the_damage_is_measured_on_the_neutral_prompts_unless_told_otherwise(tiny):
+    plans = plans_at(tiny, vectors_of(tiny), [1.0])
+    neutral = ls.load_prompts("neutral")
+    kl = ls.next_token_kl(tiny, plans)
+    assert kl.shape == (1, len(neutral))
+    assert kl == pytest.approx(ls.next_token_kl(tiny, plans, neutral))
+    assert ls.next_token_kl(tiny, [], list(TEXTS[:2])).shape == (0, 2)
 
 
-def test_steering_changes_the_cost_of_a_text_and_multiplier_zero_does_not(tiny):
-    vectors, args = vectors_of(tiny), (["a cake"], [" for the garden"])
-    base = ls.continuation_nll(tiny, *args)
-    with ls.steering(tiny, vectors, layers=[1], multiplier=0.0):
-        assert ls.continuation_nll(tiny, *args) == base
-    with ls.steering(tiny, vectors, layers=[1], multiplier=3.0):
-        assert abs(ls.continuation_nll(tiny, *args) - base) > 1e-3
-    assert ls.continuation_nll(tiny, *args) == base
+def test_plans_that_do_not_stack_and_empty_prompts_have_no_damage(tiny):
+    plans = plans_at(tiny, vectors_of(tiny), [1.0])
+    mixed = [*plans, *plans_at(tiny, vectors_of(tiny), [1.0], operator="ablate")]
+    with pytest.raises(ls.OptionError, match="plans of one row with the same operator, sites and"):
+        ls.next_token_kl(tiny, mixed, ["a cake"])
+    with pytest.raises(ls.PromptError, match=r"prompt 0 of .* is empty"):
+        ls.next_token_kl(tiny, plans, [" "])
 
 
-def test_likely_words_cost_less_than_the_same_words_shuffled(smol):
-    likely = " the sun is shining and the birds are singing in the trees"
-    shuffled = " trees singing the in and birds is the are the sun shining"
-    costs = ls.continuation_nll(smol, ["It is a lovely morning,"] * 2, [likely, shuffled])
-    assert costs[0] < costs[1] - 1
+def test_the_model_is_as_it_was_after_its_damage_was_measured(tiny):
+    base = streams(tiny)
+    ls.next_token_kl(tiny, plans_at(tiny, vectors_of(tiny), [2.0, 3.0]), ["a cake"])
+    assert same(streams(tiny), base)
 
 
-def test_a_continuation_that_does_not_fit_is_refused_not_cut(tiny):
-    with pytest.raises(ls.PromptError, match="the context holds 128"):
-        ls.continuation_nll(tiny, ["a cake"], [" kite" * 200])
+# Multipliers by their damage
 
 
-def test_a_layer_that_is_named_twice_is_refused(tiny):
-    vectors = ls.content_vectors(ls.residual_streams(tiny, labelled(), progress=False))
-    with (
-        pytest.raises(ls.OptionError, match="expected each layer once"),
-        ls.steering(tiny, vectors, layers=[1, 1]),
+@pytest.fixture
+def few_neutral(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steer, "load_prompts", lambda name: labelled(TEXTS[:1]))
+
+
+@pytest.mark.parametrize("target", [0.02, -0.02])
+def test_a_multiplier_that_is_solved_for_does_its_damage_within_a_twentieth(tiny, few_neutral, target: float):
+    vectors = vectors_of(tiny)
+    plan = ls.steering_plan(tiny, vectors, layers=[1], multiplier=ls.TargetKL(target))
+    kl = float(ls.next_token_kl(tiny, [plan]).mean())
+    assert kl == pytest.approx(abs(target), rel=0.05)
+    (multiplier,) = plan.to_frame()["multiplier"]
+    assert np.sign(multiplier) == np.sign(target)
+    with ls.steering(tiny, vectors, layers=[1], multiplier=ls.TargetKL(target)) as again:
+        assert again.to_frame()["multiplier"].tolist() == [multiplier]
+
+
+@pytest.mark.parametrize("options", [{"operator": "rotate"}, {"positions": "generated", "layers": [0, 2]}])
+def test_a_multiplier_is_solved_for_whatever_is_steered(tiny, few_neutral, options):
+    given: dict[str, Any] = {"layers": [1], **options}
+    plan = ls.steering_plan(tiny, vectors_of(tiny), multiplier=ls.TargetKL(0.01), **given)
+    assert float(ls.next_token_kl(tiny, [plan]).mean()) == pytest.approx(0.01, rel=0.05)
+
+
+def test_the_solved_multiplier_is_the_one_whose_damage_was_asked_for(tiny, few_neutral):
+    vectors = vectors_of(tiny)
+    for multiplier in (-0.7, 2.0):
+        kl = float(ls.next_token_kl(tiny, plans_at(tiny, vectors, [multiplier])).mean())
+        solved = ls.steering_plan(
+            tiny, vectors, layers=[1], multiplier=ls.TargetKL(float(np.sign(multiplier)) * kl)
+        )
+        assert solved.writes[1].multiplier.tolist() == pytest.approx([multiplier], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (0.0, "TargetKL(0.0) given, expected nats above 0, or below 0 for toward safe"),
+        (float("nan"), "TargetKL(nan) given, expected nats above 0"),
+        (float("inf"), "TargetKL(inf) given, expected nats above 0"),
+        (1e6, "TargetKL(1000000.0) given, and multipliers 0.0156 to 64 reach KLs of"),
+        (1e-30, "TargetKL(1e-30) given, and multipliers 0.0156 to 64 reach"),
+    ],
+)
+def test_a_damage_that_no_multiplier_does_is_refused(tiny, few_neutral, target: float, says: str):
+    vectors, base = vectors_of(tiny), streams(tiny)
+    with pytest.raises(ls.OptionError, match=re.escape(says)):
+        ls.steering_plan(tiny, vectors, layers=[1], multiplier=ls.TargetKL(target))
+    assert same(streams(tiny), base)
+
+
+def test_what_cannot_be_steered_is_refused_before_a_multiplier_is_solved_for(tiny, monkeypatch):
+    monkeypatch.setattr(steer, "greedy_continuations", lambda *given, **options: pytest.fail("it was run"))
+    vectors = vectors_of(tiny)
+    for given, options, says in (
+        (0.0 * vectors, {}, "the vector of layer 1 is zero"),
+        (vectors, {"layers": [3]}, "layer 3 given"),
+        (vectors, {"operator": "erase"}, "unknown operator"),
     ):
-        pass
+        with pytest.raises(ls.OptionError, match=says):
+            ls.steering_plan(tiny, given, **{"layers": [1], "multiplier": ls.TargetKL(0.1), **options})
+    other = replace(vectors, model=replace(vectors.model, probe=(1.0,) * 4))
+    with pytest.raises(ls.MismatchError, match="other weights"):
+        ls.steering_plan(tiny, other, layers=[1], multiplier=ls.TargetKL(0.1))
+
+
+def test_a_solved_multiplier_stands_alone_and_not_in_a_mapping(tiny):
+    vectors = vectors_of(tiny)
+    with pytest.raises(ls.OptionError, match=r"multiplier TargetKL\(kl=0.1\) given, expected a finite"):
+        ls.steering_plan(tiny, vectors, layers=[1], multiplier={1: ls.TargetKL(0.1)})
+
+
+def test_unknown_operators_and_positions_are_refused_by_name(tiny):
+    vectors = vectors_of(tiny)
+    for options, says in (
+        ({"operator": "erase"}, "unknown operator 'erase': expected one of add, add-norm, ablate"),
+        ({"positions": "middle"}, "unknown positions 'middle': expected all, prompt"),
+        ({"sites": ("resid_mid",)}, "unknown site 'resid_mid': expected one of resid_pre"),
+    ):
+        with (
+            pytest.raises(ls.OptionError, match=re.escape(says)),
+            ls.steering(tiny, vectors, **{"layers": [1], **options}),
+        ):
+            pytest.fail(f"{options} was taken")

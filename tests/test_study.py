@@ -1,6 +1,5 @@
 import re
 import subprocess
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -102,7 +101,7 @@ def test_the_study_gives_what_its_parts_give(saved):
     report = made.reports[0]
     rows = made.comparison.frame.query("detector == 'content, 36 prompts'")
     pd.testing.assert_frame_equal(rows.drop(columns=["detector", "set"]).reset_index(drop=True), report.frame)
-    assert made.steering.layer == made.detector.layer
+    assert made.steering.layers == (made.detector.layer,)
     assert made.settings["threshold"] == made.detector.threshold
 
 
@@ -139,15 +138,6 @@ def test_the_page_is_whole_escaped_and_fetches_nothing(saved):
     assert "<b>set</b>" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     for section in ("where", "how-well", "tone", "vector", "steering", "record"):
         assert f'id="{section}"' in page
-
-
-def test_a_study_without_a_multiplier_but_0_still_has_a_page(tiny, tmp_path):
-    made = small_study(tiny)
-    steering = ls.SteeringSweep(
-        made.steering.frame.query("multiplier == 0").reset_index(drop=True), 1, "all", 0.0, 4, 0, "tiny"
-    )
-    files = replace(made, steering=steering).save(tmp_path)
-    assert "nothing was steered" in files["report.html"].read_text()
 
 
 def chromium() -> str:

@@ -293,21 +293,37 @@ def test_no_prompts_make_no_batches(chat):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_batch_holds_each_prompt_on_its_side(chat, side: str):
+def test_a_padded_batch_holds_each_prompt_from_the_left_whatever_the_tokenizers_side(
+    chat, side: str, monkeypatch
+):
+    monkeypatch.setattr(chat.tokenizer, "padding_side", side)
     encoded = encode(chat, TEXTS)
     rows = (3, 0, 4)
-    batch = pad(chat, encoded, rows, side=side)
-    real = real_tokens(batch, side=side)
+    batch = pad(chat, encoded, rows)
+    real = real_tokens(batch)
     assert batch.rows == rows
-    assert batch.lengths.tolist() == real.sum(dim=1).tolist()
+    assert batch.lengths.tolist() == real.sum(dim=1).tolist() == [len(encoded[row]) for row in rows]
     assert not bool((batch.content & ~real).any())
     assert set(batch.tokens[~real].tolist()) == {chat.tokenizer.pad_token_id}
     for i, row in enumerate(rows):
         assert batch.tokens[i][real[i]].tolist() == encoded[row].ids.tolist()
         assert batch.content[i][real[i]].tolist() == encoded[row].content.tolist()
     shortest = int(batch.lengths.argmin())
-    assert bool(real[shortest, -1]) == (side == "left")
-    assert bool(real[shortest, 0]) == (side == "right")
+    assert bool(real[:, 0].all())
+    assert not bool(real[shortest, -1])
+
+
+def test_rows_of_a_batch_may_be_taken_in_any_order_and_as_often_as_wanted(chat):
+    encoded = encode(chat, TEXTS)
+    batch = pad(chat, encoded, [2, 4, 1])
+    taken = batch[torch.tensor([1, 1, 0, 2, 1])]
+    assert taken.rows == (4, 4, 2, 1, 4)
+    assert len(taken) == 5
+    for i, row in enumerate(taken.rows):
+        n = int(taken.lengths[i])
+        assert taken.tokens[i, :n].tolist() == encoded[row].ids.tolist()
+        assert taken.content[i, :n].tolist() == encoded[row].content.tolist()
+    assert taken.tokens.shape[1] == batch.tokens.shape[1]
 
 
 def test_the_halves_of_a_batch_are_the_batches_of_its_halves(chat):
