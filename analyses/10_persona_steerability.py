@@ -32,7 +32,7 @@ TRAITS = (
 )
 MULTIPLIERS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
 ANSWERS = (" Yes", " No")
-N_FIT, N_HELD_OUT = 200, 60
+N_FIT, N_HELD_OUT = 160, 60
 
 
 def main() -> None:
@@ -72,10 +72,16 @@ def main() -> None:
 
 
 def halves(statements: PromptSet, seed: int) -> tuple[PromptSet, PromptSet]:
-    """Statements to fit on and others to steer, drawn by seed, labels mixed."""
-    order = np.random.default_rng(seed).permutation(len(statements))
-    middle = len(order) // 2
-    return statements[order[:middle][:N_FIT]], statements[order[middle:][:N_HELD_OUT]]
+    """Statements to fit on and others to steer, drawn by seed, as many with the trait as against it.
+
+    With more of one side the direction would be that of the answer Yes (or No).
+    """
+    fit_on, held_out = [], []
+    for label in (True, False):
+        rows = np.random.default_rng(seed).permutation(np.flatnonzero(statements.labels == label))
+        fit_on.append(rows[: len(rows) // 2][: N_FIT // 2])
+        held_out.append(rows[len(rows) // 2 :][: N_HELD_OUT // 2])
+    return statements[np.concatenate(fit_on)], statements[np.concatenate(held_out)]
 
 
 def asked(statements: PromptSet) -> PromptSet:

@@ -15,15 +15,18 @@ from lens_safety.intervals import interval_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-START, END = "<!-- results: made by analyses/results_table.py -->", "<!-- end of results -->"
+DETECTION = "<!-- results: made by analyses/results_table.py -->", "<!-- end of results -->"
+STEERING = "<!-- steering results: made by analyses/results_table.py -->", "<!-- end of steering results -->"
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M"}
 
 
 def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(START)
-    _, after = rest.split(END)
-    made = f"{before}{START}\n{tables()}\n{END}{after}"
+    made = filled(readme, DETECTION, [shipped(), study_rows(), across_models(), languages()])
+    steering = [
+        part() for part in (sentiment, operators, personas) if part is not operators or has("11_operators")
+    ]
+    made = filled(made, STEERING, steering)
     if "--check" in sys.argv:
         sys.exit(
             0 if made == readme else "README.md is not what results/ says: run this script without --check"
@@ -31,8 +34,15 @@ def main() -> None:
     print(write_text(ROOT / "README.md", made))
 
 
-def tables() -> str:
-    return "\n\n".join(part() for part in (shipped, study_rows, across_models, languages))
+def filled(readme: str, marks: tuple[str, str], parts: list[str]) -> str:
+    """The README with `parts` between the two marks."""
+    before, rest = readme.split(marks[0])
+    _, after = rest.split(marks[1])
+    return "\n".join([f"{before}{marks[0]}", "\n\n".join(parts), f"{marks[1]}{after}"])
+
+
+def has(name: str, model: str = "smollm2-135m-instruct") -> bool:
+    return (RESULTS / f"{name}.{model}.csv").exists()
 
 
 def read(name: str, model: str = "smollm2-135m-instruct") -> pd.DataFrame:
@@ -116,6 +126,69 @@ def languages() -> str:
     ]
     header = ["set", "language", "n", "AUROC", "safe flagged", "dangerous caught"]
     title = "**Fitted on English, read in other languages** (`python analyses/08_languages.py`):"
+    return f"{title}\n\n{table(header, rows)}"
+
+
+def sentiment() -> str:
+    rows = []
+    for model, name in MODELS.items():
+        if not has("12_sentiment", model):
+            continue
+        frame = read("12_sentiment", model)
+        for _, row in frame.loc[frame["chosen"]].iterrows():
+            signed = f"{row['multiplier'] / abs(row['multiplier']) * row['dose']:+.2f}"
+            band = f"{row['band_low']:.2f} to {row['band_high']:.2f}"
+            where = [name, f"layer {row['layer']}, dose {signed}", f"{row['unsteered']:.2f}"]
+            rows.append(
+                [*where, *cells(row, "change"), band, f"{row['asked']:+.2f}", *cells(row, "nll_change")]
+            )
+    header = ["model", "chosen on 40 openings", "unsteered", "change on 40 others", "random directions"]
+    title = "**Sentiment, judged by VADER** (`python analyses/12_sentiment.py`):"
+    return f"{title}\n\n{table([*header, 'asked in words', 'NLL (nats a token)'], rows)}"
+
+
+def operators() -> str:
+    frame = read("11_operators")
+    wide = frame.pivot(index="operator", columns="kl_asked", values=["change", "change_low", "change_high"])
+    asked = sorted(set(frame["kl_asked"]))
+    rows = []
+    for operator in dict.fromkeys(frame["operator"]):
+        row = [str(operator)]
+        for kl in asked:
+            own = {f"change{end}": wide.loc[operator, (f"change{end}", kl)] for end in ("", "_low", "_high")}
+            row.append(interval_text(own, "change"))
+        rows.append(row)
+    title = (
+        "**Change of VADER's score at the same KL, toward negative and positive** (`python "
+        "analyses/11_operators.py`):"
+    )
+    header = ["operator", *(f"{abs(kl):g} nats, {'negative' if kl < 0 else 'positive'}" for kl in asked)]
+    return f"{title}\n\n{table(header, rows)}"
+
+
+def personas() -> str:
+    frame = read("10_persona_steerability")
+    rows = []
+    for _, row in frame.iterrows():
+        band = f"{row['random_low']:+.3f} to {row['random_high']:+.3f}"
+        slope = f"{row['slope']:+.3f} [{row['slope_low']:+.3f}, {row['slope_high']:+.3f}]"
+        told = f"{row['told_the_trait'] - row['told_the_opposite']:+.2f}"
+        outside = "yes" if bool(row["outside_band"]) else "no"
+        share = interval_text(row, "anti_steerable")
+        rows.append([str(row["trait"]), str(row["layer"]), slope, band, outside, share, told])
+    header = [
+        "trait",
+        "layer",
+        "slope",
+        "random directions",
+        "outside them",
+        "anti-steerable",
+        "told in words",
+    ]
+    title = (
+        "**Persona statements, logit difference of the trait's answer a multiplier** (`python "
+        "analyses/10_persona_steerability.py`):"
+    )
     return f"{title}\n\n{table(header, rows)}"
 
 

@@ -63,6 +63,7 @@ class Cache:
         shape = (n_rows, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
         self._entries = [Entry(shape, cfg.dtype, device_of(model)) for _ in range(cfg.n_layers)]
         self._mask: Tensor | None = None
+        self._shadows: list[tuple[Any, dict[str, Callable[..., Tensor]]]] | None = None
 
     def __getitem__(self, layer: int) -> Entry:
         return self._entries[layer]
@@ -86,23 +87,27 @@ class Cache:
 
         Methods of the attention modules are shadowed inside and are themselves again afterwards.
         """
-        cfg = model.cfg
-        modules = [block.attn for block in model.blocks]  # type: ignore[attr-defined]
-        shadows: list[tuple[Any, str]] = []
+        if self._shadows is None:
+            self._shadows = [
+                (block.attn, _shadow(block.attn, entry))
+                for block, entry in zip(model.blocks, self._entries, strict=True)  # type: ignore[attr-defined]
+            ]
         try:
-            for attention, entry in zip(modules, self._entries, strict=True):
-                own = {"calculate_attention_scores": _scores(attention), "calculate_z_scores": _z(attention)}
-                if cfg.positional_embedding_type == "rotary" and not getattr(
-                    cfg, "use_dynamic_ntk_rope", False
-                ):
-                    own["apply_rotary"] = _rotary(attention, entry)
-                for name, method in own.items():
-                    attention.__dict__[name] = method
-                    shadows.append((attention, name))
+            for attention, own in self._shadows:
+                attention.__dict__.update(own)
             yield
         finally:
-            for attention, name in shadows:
-                del attention.__dict__[name]
+            for attention, own in self._shadows:
+                for name in own:
+                    attention.__dict__.pop(name, None)
+
+
+def _shadow(attention: Any, entry: Entry) -> dict[str, Callable[..., Tensor]]:
+    own = {"calculate_attention_scores": _scores(attention), "calculate_z_scores": _z(attention)}
+    cfg = attention.cfg
+    if cfg.positional_embedding_type == "rotary" and not getattr(cfg, "use_dynamic_ntk_rope", False):
+        own["apply_rotary"] = _rotary(attention, entry)
+    return own
 
 
 def _blank(like: Tensor, room: int) -> Tensor:

@@ -197,11 +197,17 @@ class SteeringPlan:
             raise OptionError("no plans given, expected at least one")
         first = plans[0]
         for plan in plans:
-            if plan.n_rows > 1 or replace(plan, writes=first.writes, fired={}) != replace(first, fired={}):
+            if plan.n_rows > 1:
                 raise OptionError(
-                    "plans of one row with the same operator, sites and positions expected, given\n"
-                    f"{plan}\nbeside\n{first}"
+                    f"a plan of {plan.n_rows} rows given, expected one row: stack each row's plan"
                 )
+            for name in ("operator", "positions", "sites", "schedule", "gate", "per", "model"):
+                if getattr(plan, name) != getattr(first, name):
+                    raise OptionError(
+                        f"plans with different {name} given ({getattr(first, name)!r:.80} and "
+                        f"{getattr(plan, name)!r:.80}): expected them to differ in layers, vectors and "
+                        "multipliers alone"
+                    )
         layers = sorted({layer for plan in plans for layer in plan.writes})
         return replace(first, writes={layer: _stacked(plans, layer) for layer in layers}, fired={})
 

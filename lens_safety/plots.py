@@ -248,7 +248,7 @@ def dose_response(sweep: SteeringSweep, layer: int | None = None, *, measure: st
             figure.add_hline(base, row=row, col=1, line={"color": CONTROL, "dash": "dash", "width": 1})  # type: ignore[arg-type]
         figure.update_yaxes(title_text=label, row=row, col=1)
     _mark_cliff(figure, sweep, layer)
-    title = f"multiplier (× {sweep.operator} of the content vector; + toward dangerous)"
+    title = f"multiplier of the vector ({sweep.operator}; + toward the class labelled True)"
     figure.update_xaxes(title_text=title, row=len(measures), col=1)
     note = (
         f"{sweep.model} · layer {layer} · n = {sweep.n_prompts} prompts · means with 95% intervals · dashed: "
@@ -284,7 +284,7 @@ def steering_map(sweep: SteeringSweep, *, measure: str | None = None) -> go.Figu
         )
         figure.update_xaxes(title_text=f"multiplier<br>{title}", type="category", row=1, col=column)
     figure.update_yaxes(title_text="layer", type="category", row=1, col=1)
-    note = f"{sweep.model} · n = {sweep.n_prompts} prompts · means · NaN where nothing was written"
+    note = f"{sweep.model} · n = {sweep.n_prompts} prompts · means · white: no change"
     height = 200 + max(160, 22 * len(sweep.layers))
     return _styled(figure, "Where and how hard to steer", note, height)
 
@@ -327,8 +327,11 @@ def prompt_slopes(sweep: SteeringSweep, *, measure: str | None = None) -> go.Fig
             x=[str(layer)] * len(slopes),
             y=slopes,
             points="all",
-            marker={"color": ACCENT, "size": 3},
-            line={"color": ACCENT},
+            pointpos=0,
+            jitter=0.4,
+            marker={"color": ACCENT, "size": 4},
+            fillcolor=_pale(ACCENT),
+            line={"color": ACCENT, "width": 1},
             showlegend=False,
         )
     figure.add_scatter(
@@ -336,7 +339,7 @@ def prompt_slopes(sweep: SteeringSweep, *, measure: str | None = None) -> go.Fig
         y=(table["random_low"] + table["random_high"]) / 2,
         error_y={"type": "data", "array": (table["random_high"] - table["random_low"]) / 2, "width": 14},
         mode="markers",
-        marker={"color": CONTROL, "symbol": "line-ew-open", "size": 1},
+        marker={"color": INK, "symbol": "line-ew-open", "size": 14, "line": {"width": 2}},
         name="mean slopes of random directions",
     )
     figure.add_hline(0, line={"color": INK, "dash": "dot", "width": 1})
@@ -607,8 +610,9 @@ def _mark_cliff(figure: go.Figure, sweep: SteeringSweep, layer: int) -> None:
         figure.add_vline(
             one["multiplier"],
             line={"color": INK, "dash": "dot", "width": 1},
-            annotation={"text": "cliff", "font_size": 11},
-            annotation_position="top",
+        )
+        figure.add_annotation(
+            x=one["multiplier"], y=1, yref="y domain", text="cliff", font_size=11, showarrow=False, yshift=9
         )
 
 

@@ -146,17 +146,34 @@ def next_token_kl(
     (`SteeringPlan.stack`). The built-in `neutral` prompts by default.
     """
     chosen = load_prompts("neutral") if prompts is None else as_prompts(prompts)
-    encoded, starts = greedy_continuations(model, chosen.texts, n_tokens, template=template)
-    divergence = np.zeros((len(plans), len(encoded)))
-    for prompt in range(len(encoded)):
-        batch, begin = tok.pad(model, encoded, [prompt]), [starts[prompt]]
-        base = continuation_logits(model, batch, begin)[0].log_softmax(dim=-1)
+    SteeringPlan.stack(plans)
+    return _divergence(model, plans, _unsteered(model, chosen, n_tokens, template))
+
+
+def _unsteered(
+    model: ResidualModel, prompts: PromptSet, n_tokens: int, template: tok.Template
+) -> list[tuple[tok.Batch, int, Float[Tensor, "new d_vocab"]]]:
+    """For each prompt: it and its greedy continuation, where that starts, and its log-probabilities."""
+    encoded, starts = greedy_continuations(model, prompts.texts, n_tokens, template=template)
+    made = []
+    for row, start in enumerate(starts):
+        batch = tok.pad(model, encoded, [row])
+        made.append((batch, start, continuation_logits(model, batch, [start])[0].log_softmax(dim=-1)))
+    return made
+
+
+def _divergence(
+    model: ResidualModel,
+    plans: Sequence[SteeringPlan],
+    unsteered: list[tuple[tok.Batch, int, Float[Tensor, "new d_vocab"]]],
+) -> Float[np.ndarray, "plan prompt"]:
+    divergence = np.zeros((len(plans), len(unsteered)))
+    for prompt, (batch, start, base) in enumerate(unsteered):
         for first in range(0, len(plans), _ROWS_A_PASS):
             part = plans[first : first + _ROWS_A_PASS]
+            rows = torch.zeros(len(part), dtype=torch.long)
             with SteeringPlan.stack(part).on(model):
-                steered = continuation_logits(
-                    model, batch, begin, rows=torch.zeros(len(part), dtype=torch.long)
-                )
+                steered = continuation_logits(model, batch, [start], rows=rows)
             divergence[first : first + len(part), prompt] = [_kl(base, logits) for logits in steered]
     return divergence
 
@@ -175,9 +192,13 @@ def _solve_kl(model: ResidualModel, target: float, planned: Any) -> float:
     if not np.isfinite(target) or target == 0:
         raise OptionError(f"TargetKL({target}) given, expected nats above 0, or below 0 for toward safe")
 
+    # What cannot be steered is refused before anything runs.
+    planned(1.0)
+    unsteered = _unsteered(model, load_prompts("neutral"), KL_TOKENS, "auto")
+
     def measured(grid: np.ndarray) -> np.ndarray:
         plans = [planned(float(np.sign(target) * m)) for m in grid]
-        return next_token_kl(model, plans).mean(axis=1)
+        return _divergence(model, plans, unsteered).mean(axis=1)
 
     grid = _RATIO ** np.arange(-6.0, 7.0)
     while True:

@@ -10,7 +10,7 @@ import pytest
 from conftest import require_data, write_tiny_model
 
 import lens_safety as ls
-from lens_safety import detect, plots
+from lens_safety import detect, plots, steer
 from lens_safety.types import OptionError
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +106,8 @@ def play(room: Path, monkeypatch: pytest.MonkeyPatch):
     fit = ls.Detector.fit
     monkeypatch.setattr(ls.Detector, "fit", lambda *given, **o: fit(*given, **({"folds": 3} | o)))
     monkeypatch.setattr(detect, "STRENGTHS", (0.003,))
+    # And two neutral prompts, where the KL of hundreds of plans is measured.
+    monkeypatch.setattr(steer, "load_prompts", lambda name: ls.load_prompts(name)[:2])
 
     def call(name: str, *arguments: str) -> dict[str, pd.DataFrame]:
         rows = str(FEWER.get(name, ROWS))

@@ -45,7 +45,8 @@ def loaded(built_in, built_in_cache, monkeypatch):
     monkeypatch.setattr(ls, "residual_streams", read)
 
 
-def test_the_python_of_the_readme_runs(loaded, capsys):
+def test_the_python_of_the_readme_runs(loaded, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 9
     names: dict = {}
