@@ -243,8 +243,9 @@ def sign_flip_p(
     """
     from scipy.stats import permutation_test
 
-    if len(differences) == 0:
-        return float("nan")
+    if len(differences) < 2:
+        # One pair is as extreme with either sign.
+        return float("nan") if len(differences) == 0 else 1.0
 
     def mean(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
         return (x - y).mean(axis=axis)

@@ -146,13 +146,14 @@ def next_token_kl(
     (`SteeringPlan.stack`). The built-in `neutral` prompts by default.
     """
     chosen = load_prompts("neutral") if prompts is None else as_prompts(prompts)
-    SteeringPlan.stack(plans)
+    if plans:
+        SteeringPlan.stack(plans)
     return _divergence(model, plans, _unsteered(model, chosen, n_tokens, template))
 
 
 def _unsteered(
     model: ResidualModel, prompts: PromptSet, n_tokens: int, template: tok.Template
-) -> list[tuple[tok.Batch, int, Float[Tensor, "new d_vocab"]]]:
+) -> list[tuple[tok.Batch, int, Tensor]]:
     """For each prompt: it and its greedy continuation, where that starts, and its log-probabilities."""
     encoded, starts = greedy_continuations(model, prompts.texts, n_tokens, template=template)
     made = []
@@ -165,7 +166,7 @@ def _unsteered(
 def _divergence(
     model: ResidualModel,
     plans: Sequence[SteeringPlan],
-    unsteered: list[tuple[tok.Batch, int, Float[Tensor, "new d_vocab"]]],
+    unsteered: list[tuple[tok.Batch, int, Tensor]],
 ) -> Float[np.ndarray, "plan prompt"]:
     divergence = np.zeros((len(plans), len(unsteered)))
     for prompt, (batch, start, base) in enumerate(unsteered):

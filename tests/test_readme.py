@@ -79,7 +79,7 @@ def test_each_command_of_the_readme_runs(loaded, command, monkeypatch, tmp_path,
 
 def short_sweep(real):
     def sweep(model, vectors, prompts, **options):
-        return real(model, vectors, prompts[:1], **(options | {"max_new_tokens": 3}))
+        return real(model, vectors, prompts[:1], **(options | {"max_new_tokens": 3, "neutral": []}))
 
     return sweep
 
@@ -127,5 +127,5 @@ def test_the_results_tables_are_what_the_result_files_say(monkeypatch):
 
 def test_the_figures_of_the_readme_are_there():
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    assert len(figures) == 2
+    assert len(figures) == 3
     assert all((ROOT / figure).is_file() for figure in figures)

@@ -153,6 +153,7 @@ def test_the_p_value_is_the_exact_sign_flip_of_a_few_rows():
     assert sign_flip_p(np.array([1.0, 2.0, 3.0])) == pytest.approx(2 / 8)
     assert sign_flip_p(np.array([1.0, -1.0])) == 1.0
     assert np.isnan(sign_flip_p(np.array([])))
+    assert sign_flip_p(np.array([5.0])) == 1.0
     rng = np.random.default_rng(1)
     assert sign_flip_p(rng.normal(1, 1, size=40)) < 0.01
     assert sign_flip_p(rng.normal(0, 1, size=40)) > 0.05
