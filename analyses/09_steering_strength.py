@@ -42,7 +42,8 @@ def main() -> None:
     }
     judge = ls.Detector.fit(judge_on, method="logistic", layers=session.spread, seed=session.seed)
     prompts = session.prompts("neutral")
-    every = session.sweep(
+    every = ls.sweep(
+        session.model,
         vectors["content"],
         prompts,
         layers=train.layers,
@@ -51,6 +52,8 @@ def main() -> None:
         detector=judge,
         neutral=(),
         max_new_tokens=16,
+        store=session.sweeps,
+        seed=session.seed,
     )
     session.show(
         every.effects("score"), "Every layer", "layers", ("layer", "multiplier", *SHOWN[3:5], "nll_change")
@@ -59,7 +62,8 @@ def main() -> None:
     layer = ls.Detector.fit(train, seed=session.seed).layer
     tables = []
     for name, one in vectors.items():
-        swept = session.sweep(
+        swept = ls.sweep(
+            session.model,
             one,
             prompts,
             layers=[layer],
@@ -67,6 +71,8 @@ def main() -> None:
             control_multipliers=OF_CONTROLS,
             controls=("random", "asked"),
             detector=judge,
+            store=session.sweeps,
+            seed=session.seed,
         )
         tables.append(swept.effects("score").assign(vectors=name))
         session.save_figure(ls.plots.dose_response(swept, measure="score"), name)

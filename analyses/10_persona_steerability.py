@@ -44,7 +44,8 @@ def main() -> None:
         statements = session.prompts(f"persona_{trait}")
         fit_on, held_out = halves(statements, session.seed)
         cache = session.read(answered(fit_on), position="last", template="raw")
-        swept = session.sweep(
+        swept = ls.sweep(
+            session.model,
             ls.content_vectors(cache, method="answers"),
             asked(held_out),
             layers=layers,
@@ -56,6 +57,8 @@ def main() -> None:
             neutral=(),
             max_new_tokens=0,
             template="raw",
+            store=session.sweeps,
+            seed=session.seed,
         )
         toward = toward_the_trait(swept, held_out)
         table = toward.steerability()

@@ -48,7 +48,8 @@ def main() -> None:
                 solved[multiplier] = target
         if not solved:
             continue
-        swept = session.sweep(
+        swept = ls.sweep(
+            session.model,
             vectors,
             held_out,
             layers=[layer],
@@ -57,6 +58,8 @@ def main() -> None:
             controls=("random",) if operator == "add" else (),
             behaviour=lambda prompt, text: judge.polarity_scores(text)["compound"],
             template="raw",
+            store=session.sweeps,
+            seed=session.seed,
         )
         table = swept.effects()
         summary = swept.summary(layer).query("direction == 'content'").set_index("multiplier")

@@ -47,7 +47,8 @@ def main() -> None:
         return judge.polarity_scores(text)["compound"]
 
     n = int(session.model.cfg.n_layers)
-    tried = session.sweep(
+    tried = ls.sweep(
+        session.model,
         vectors,
         openings[:middle],
         layers=sorted({n // 3, n * 9 // 20, n * 11 // 20, n * 2 // 3}),
@@ -56,6 +57,8 @@ def main() -> None:
         behaviour=compound,
         neutral=(),
         template="raw",
+        store=session.sweeps,
+        seed=session.seed,
     )
     session.show(tried.effects(), f"Chosen on: {middle} openings", "chosen_on", (*SHOWN[:4], "nll_change"))
     tables = []
@@ -63,7 +66,8 @@ def main() -> None:
         best = tried.choose(side=side, budget=BUDGET)
         chosen = side * round(best["dose"], 3)
         curve = sorted({*(side * d for d in CURVE), chosen})
-        swept = session.sweep(
+        swept = ls.sweep(
+            session.model,
             vectors,
             openings[middle:],
             layers=[best["layer"]],
@@ -73,6 +77,8 @@ def main() -> None:
             ask=ASK,
             behaviour=compound,
             template="raw",
+            store=session.sweeps,
+            seed=session.seed,
         )
         effects = swept.effects()
         effects["side"] = name

@@ -326,8 +326,9 @@ def steer(
 
     if multiplier and dose:
         raise OptionError("--multiplier and --dose given: expected one of them")
+    saved = _saved_vectors(vectors, layer)
     loaded = _load(model, engine)
-    direction, chosen = _direction(loaded, vectors, layer)
+    direction, chosen = _direction(loaded, saved, layer)
     strengths = [Dose(d) for d in dose] if dose else multiplier or [-2.0, 0.0, 2.0]
     plans = [
         steering_plan(
@@ -411,11 +412,12 @@ def sweep(
 
     saved = Detector.load(detector) if detector is not None else None
     chosen = None if layers is None else _layers(layers)
+    saved_vectors = _saved_vectors(vectors, chosen)
     numbers = _numbers(multipliers)
     of_controls = None if control_multipliers is None else _numbers(control_multipliers)
     held_out = load_prompts(prompts)
     loaded = _load(model, engine)
-    direction, steered = _direction(loaded, vectors, chosen)
+    direction, steered = _direction(loaded, saved_vectors, chosen)
     made = run(
         loaded,
         direction,
@@ -554,17 +556,23 @@ def _default_detector(model: Any, name: str | None) -> Any:
     return load_detector() if name is None else Detector.fit(_built_in_cache(model))
 
 
-def _direction(model: Any, vectors: Path | None, layers: list[int] | None) -> tuple[Any, list[int]]:
+def _saved_vectors(vectors: Path | None, layers: list[int] | None) -> Any:
+    from .directions import ContentVectors
+    from .types import OptionError
+
+    if vectors is not None and not layers:
+        raise OptionError("--vectors given without a layer: expected at least one to steer")
+    return None if vectors is None else ContentVectors.load(vectors)
+
+
+def _direction(model: Any, saved: Any, layers: list[int] | None) -> tuple[Any, list[int]]:
     """The saved vectors and the layers named, or content vectors of the built-in prompts and the layer that
     detects best by cross-validation."""
     from .detect import Detector
-    from .directions import ContentVectors, content_vectors
-    from .types import OptionError
+    from .directions import content_vectors
 
-    if vectors is not None:
-        if not layers:
-            raise OptionError("--vectors given without a layer: expected at least one to steer")
-        return ContentVectors.load(vectors), layers
+    if saved is not None and layers:
+        return saved, layers
     cache = _built_in_cache(model)
     return content_vectors(cache), layers or [Detector.fit(cache).layer]
 

@@ -153,11 +153,11 @@ class SteeringSweep(Result):
         """
         rows = []
         for layer in self.layers:
+            part = self._steered(CONTENT)
+            part = part.loc[part["layer"] == layer]
+            of_one = float(part["dose"].to_numpy()[0] / abs(part["multiplier"].to_numpy()[0]))
             for side in (-1, 1):
-                part = self._steered(CONTENT)
-                part = part.loc[part["layer"] == layer]
                 m = self._cliff_of(part, side)
-                of_one = float(part["dose"].to_numpy()[0] / abs(part["multiplier"].to_numpy()[0]))
                 rows.append({"layer": layer, "side": side, "multiplier": m, "dose": abs(m) * of_one})
         return pd.DataFrame(rows)
 
@@ -168,11 +168,11 @@ class SteeringSweep(Result):
         whose slope is below 0, with Wilson's interval; `random_low` and `random_high` the mean slopes of
         the random directions, where those were run at two multipliers or more; `outside_band`.
         """
-        name = self._known(measure)
+        name, of_prompt = self._known(measure), self._groups
         rows = []
         for layer in self.layers:
             slopes = self.slopes(layer, name)
-            groups = np.array([self._groups[str(prompt)] for prompt in slopes.index])
+            groups = np.array([of_prompt[str(prompt)] for prompt in slopes.index])
             row: dict[str, Any] = {"layer": layer, "n": len(slopes)}
             row |= _mean(slopes.to_numpy(), groups, self.seed).columns("slope")
             row |= proportion(int((slopes < 0).sum()), len(slopes)).columns("anti_steerable")

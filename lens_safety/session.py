@@ -15,15 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from . import tokens as tok
-from .detect import Detector
-from .directions import ContentVectors
 from .files import write_csv
 from .intervals import interval_text
 from .models import fingerprint, load_model
 from .prompts import DATA_VARIABLE, PromptSet, load_prompts
 from .residuals import ResidualCache, residual_streams
-from .responses import SteeringSweep
-from .sweep import ASK, Behaviour, sweep
 from .types import LensSafetyError, OptionError, ResidualModel
 
 _INTERVAL = ("_low", "_high")
@@ -101,44 +97,10 @@ class Session:
             )
         return self._read[key]
 
-    def sweep(
-        self,
-        vectors: ContentVectors,
-        prompts: PromptSet,
-        *,
-        layers: Sequence[int],
-        multipliers: Sequence[float] = (),
-        doses: Sequence[float] | None = None,
-        operator: str = "add",
-        controls: Sequence[str] = (),
-        control_multipliers: Sequence[float] | None = None,
-        ask: tuple[str, str] = ASK,
-        detector: Detector | None = None,
-        behaviour: Behaviour | tuple[str, str] | None = None,
-        neutral: Sequence[str] | None = None,
-        max_new_tokens: int = 40,
-        template: tok.Template = "auto",
-    ) -> SteeringSweep:
-        """`sweep` with this run's model, seed and store, so that a run that was cut short goes on."""
-        return sweep(
-            self.model,
-            vectors,
-            prompts,
-            layers=layers,
-            multipliers=multipliers,
-            doses=doses,
-            operator=operator,
-            controls=controls,
-            control_multipliers=control_multipliers,
-            ask=ask,
-            detector=detector,
-            behaviour=behaviour,
-            neutral=neutral,
-            max_new_tokens=max_new_tokens,
-            template=template,
-            store=self.store.parent / "sweeps",
-            seed=self.seed,
-        )
+    @property
+    def sweeps(self) -> Path:
+        """The folder of sweeps, so that one that was cut short goes on."""
+        return self.store.parent / "sweeps"
 
     def show(self, frame: pd.DataFrame, title: str, name: str = "", columns: Sequence[str] = ()) -> Path:
         """Print a table (intervals beside their estimates) and write all of its columns as CSV."""

@@ -92,7 +92,7 @@ def steering(
 
     Args:
         multiplier: one number; one per row of the batch (every call must then have that batch); a
-            `Dose`; or a mapping from layer to one of these.
+            `Dose`; a mapping from layer to one of these; or a `TargetKL`.
         operator: "add", "add-norm", "ablate", "clamp" (or "clamp:VALUE"), "toward", "rotate" (or
             "rotate:DEGREES"), or an object of `lens_safety.operators`, where the equations stand.
         positions: "all"; "prompt"; "generated"; "content", the prompt's content tokens; "last:K", the

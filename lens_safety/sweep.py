@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,14 @@ from .detect import Detector
 from .directions import ContentVectors, content_vectors, orthogonal_vectors, random_vectors, stand_in
 from .files import write_text
 from .models import check_layers, resid_hook
-from .operators import Operator, operator_name
+from .operators import Operator, named_operator, operator_name
 from .plans import SteeringPlan
 from .progress import track
 from .prompts import PromptSet, as_prompts
 from .residuals import ResidualCache
 from .responses import ASKED, CONTENT, NOWHERE, RANDOM, UNSTEERED, SteeringSweep
 from .steer import next_token_kl, steering_plan
-from .types import Hook, OptionError, PromptError, ResidualModel
+from .types import Hook, OptionError, PromptError, ResidualModel, one_of
 
 Behaviour = Callable[[str, str], float]
 CONTROLS = ("random", "shuffled", "orthogonal", "flip", "asked")
@@ -144,20 +145,18 @@ def sweep(
         sides = zip((-1.0, 1.0), ask, strict=True)
         arms += [_Arm(ASKED, NOWHERE, side, np.nan, None, words) for side, words in sides]
     run = _Run(model, vectors, prompts, arms, detector, behaviour, neutral, max_new_tokens, template)
-    # Every plan is built the same way, so one stands for the operator and the positions.
-    plan = next(arm.plan for arm in arms if arm.plan is not None)
-    done = _Journal(store, run.identity())
-    for job in track(run.jobs(), "steering", progress, size=run.size):
+    jobs, done = run.jobs(), _Journal(store, run.identity())
+    for job in track(jobs, "steering", progress, size=run.size):
         if job not in done:
             done.add(job, run.do(job))
-    frame, flow = run.assemble(done)
+    frame, flow = run.assemble(jobs, done)
     return SteeringSweep(
         frame=frame,
         flow=flow,
         layers=tuple(chosen),
         layers_read=vectors.layers,
         norms=tuple(vectors.norms.tolist()),
-        operator=operator_name(plan.operator),
+        operator=operator_name(named_operator(operator)),
         positions=positions,
         detector="" if detector is None else detector.digest,
         threshold=float("nan") if detector is None else detector.threshold,
@@ -265,8 +264,9 @@ class _Run:
         some = self._plans()[0]
         return SteeringPlan.stack([some.off() if plan is None else plan for plan in plans])
 
-    def assemble(self, done: "_Journal") -> tuple[pd.DataFrame, Float[np.ndarray, "row layer"]]:
-        jobs = self.jobs()
+    def assemble(
+        self, jobs: list[tuple[str, int, int]], done: "_Journal"
+    ) -> tuple[pd.DataFrame, Float[np.ndarray, "row layer"]]:
         rows = [row for job in jobs if job[0] == "rows" for row in done.rows(job)]
         kl = [row["kl"] for job in jobs if job[0] == "kl" for row in done.rows(job)]
         steered = [arm.key for arm in self.arms if arm.plan is not None]
@@ -440,16 +440,15 @@ def _check(
         raise OptionError(
             f"multipliers {list(strengths)} given, expected finite ones, each once, not 0 alone"
         )
-    unknown = [name for name in controls if name not in CONTROLS]
-    if unknown:
-        raise OptionError(f"unknown control {unknown[0]!r}: expected some of {', '.join(CONTROLS)}")
+    for name in controls:
+        one_of(name, CONTROLS, "control")
     if "random" in controls and n_random < 1:
         raise OptionError(f"n_random={n_random} given, expected 1 or more, or controls without 'random'")
     if max_new_tokens < 0 or (max_new_tokens == 0 and not isinstance(behaviour, tuple)):
         raise OptionError(
             f"max_new_tokens={max_new_tokens} given, expected 1 or more, or 0 with two answers as behaviour"
         )
-    twice = {text for text in prompts.texts if prompts.texts.count(text) > 1}
+    twice = [text for text, n in Counter(prompts.texts).items() if n > 1]
     if twice:
         raise PromptError(f"the prompt {min(twice)[:60]!r} is given twice, expected each once")
 
