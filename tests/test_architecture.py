@@ -21,9 +21,9 @@ LEVELS = {
     **dict.fromkeys(["residuals", "kv_cache", "decoding"], 4),
     **dict.fromkeys(["directions"], 5),
     **dict.fromkeys(["separation", "scorers", "detect", "plans", "steer", "exchange", "attribute"], 6),
-    **dict.fromkeys(["evaluate", "baselines", "audit", "responses", "sweep", "guard"], 7),
+    **dict.fromkeys(["evaluate", "baselines", "audit", "responses", "sweep", "guard", "readings"], 7),
     **dict.fromkeys(["plots", "report", "study", "doctor"], 8),
-    **dict.fromkeys(["cli", "dashboard", "session"], 9),
+    **dict.fromkeys(["cli", "dashboard", "explore", "session"], 9),
 }
 BESIDE = {
     "decoding": {"kv_cache"},
@@ -45,6 +45,7 @@ DOORS = {
     "plotly": {"plots"},
     "circuitsvis": {"plots"},
     "streamlit": {"dashboard"},
+    "ipywidgets": {"explore"},
     "analyses": set(),
     "examples": set(),
 }
@@ -56,8 +57,20 @@ def room_of(path: Path) -> str:
 
 
 def rooms() -> list[tuple[str, ast.Module]]:
-    files = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
-    return [(room_of(path), ast.parse(path.read_text(encoding="utf-8"))) for path in files]
+    files = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    return [(room_of(path), in_its_room(path)) for path in files]
+
+
+def in_its_room(path: Path) -> ast.Module:
+    """The file's tree; relative imports in a folder are written as seen from the package."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = len(path.relative_to(PACKAGE).parts) - 1
+    for node in ast.walk(tree):
+        if inside and isinstance(node, ast.ImportFrom) and node.level == 1:
+            node.module = ".".join([room_of(path), *filter(None, [node.module])])
+        elif inside and isinstance(node, ast.ImportFrom) and node.level == 2:
+            node.level = 1
+    return tree
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -78,7 +91,8 @@ def own(tree: ast.AST) -> set[str]:
 def upward(room: str, tree: ast.AST) -> set[str]:
     """What `room` imports that is no room below it; the door counts as above every room."""
     level, beside = LEVELS[room], BESIDE.get(room, set())
-    return {other for other in own(tree) if LEVELS.get(other, 10) >= level and other not in beside}
+    found = own(tree) - {room}
+    return {other for other in found if LEVELS.get(other, 10) >= level and other not in beside}
 
 
 def wrong_doors(room: str, tree: ast.AST) -> set[str]:

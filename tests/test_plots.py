@@ -15,6 +15,7 @@ from sweeps import linear
 import lens_safety as ls
 from lens_safety import plots
 from lens_safety.evaluate import compare
+from lens_safety.plots import style
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
@@ -69,7 +70,7 @@ def test_signs_have_their_colours(study_parts):
     figure: Any = plots.top_dimensions(vectors, 1, k=D_MODEL)
     bars = figure.data[0]
     for value, colour in zip(bars.x, bars.marker.color, strict=True):
-        assert colour == (plots.DANGEROUS if value > 0 else plots.SAFE)
+        assert colour == (style.DANGEROUS if value > 0 else style.SAFE)
 
 
 def test_score_distribution_shows_every_prompt_and_the_threshold(study_parts):

@@ -1,0 +1,208 @@
+"""Steering: dose and response, maps, operators, prompts."""
+
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ..responses import CONTENT, RANDOM, SteeringSweep
+from .style import (
+    ACCENT,
+    COLOURS,
+    CONTROL,
+    DANGEROUS,
+    DIVERGING,
+    INK,
+    error_bar,
+    pale,
+    styled,
+)
+
+_MEASURE_NAMES = {
+    "behaviour": "behaviour of<br>the text",
+    "logit_difference": "logit difference<br>of the answers",
+    "score": "danger score<br>of the text",
+    "inside_score": "danger score of<br>the steered stream",
+    "projection": "projection on<br>the direction",
+    "nll": "NLL<br>(nats a token)",
+    "kl": "KL on neutral<br>text (nats)",
+    "repeated_4grams": "repeated<br>4-grams (share)",
+    "distinct_2grams": "distinct<br>2-grams (share)",
+}
+
+
+def dose_response(sweep: SteeringSweep, layer: int | None = None, *, measure: str | None = None) -> go.Figure:
+    """Effect and damage against the multiplier, beside random directions of that norm, to the cliff.
+
+    The band spans the means of the random directions; the dashed line is the unsteered model.
+    """
+    shown, layer = measure or sweep.measure, sweep.layers[0] if layer is None else layer
+    summary = sweep.summary(layer)
+    measures = {shown: _MEASURE_NAMES[shown], "nll": "NLL<br>(nats a token)"}
+    kl = bool(summary["kl"].notna().any())
+    measures |= {"kl": "KL on neutral<br>text (nats)"} if kl else {}
+    measures |= {"repeated_4grams": "repeated<br>4-grams (share)"}
+    figure = make_subplots(rows=len(measures), cols=1, shared_xaxes=True, vertical_spacing=0.05)
+    for row, (name, label) in enumerate(measures.items(), start=1):
+        for trace in _random_band(summary, name, legend=row == 1):
+            figure.add_trace(trace, row=row, col=1)
+        figure.add_trace(_dose_curve(summary, CONTENT, name, legend=row == 1), row=row, col=1)
+        base = float(summary.loc[summary["multiplier"] == 0, name].iloc[0])
+        if np.isfinite(base) and name != "kl":
+            figure.add_hline(base, row=row, col=1, line={"color": CONTROL, "dash": "dash", "width": 1})  # type: ignore[arg-type]
+        figure.update_yaxes(title_text=label, row=row, col=1)
+    _mark_cliff(figure, sweep, layer)
+    title = f"multiplier of the vector ({sweep.operator}; + toward the class labelled True)"
+    figure.update_xaxes(title_text=title, row=len(measures), col=1)
+    note = (
+        f"{sweep.model} · layer {layer} · n = {sweep.n_prompts} prompts · means with 95% intervals · dashed: "
+        "unsteered"
+    )
+    return styled(figure, "What steering does, and what it costs", note, 180 + 150 * len(measures), above=40)
+
+
+def steering_map(sweep: SteeringSweep, *, measure: str | None = None) -> go.Figure:
+    """Layer x multiplier: the mean change of a measure above, the damage below; white is no change."""
+    name = measure or sweep.measure
+    effects = sweep.effects(name)
+    damage = "nll_change" if bool(np.isnan(effects["kl"].to_numpy()).all()) else "kl"
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.16)
+    panels = (
+        (f"change of {_plain_name(name)}", "change"),
+        (f"damage: {damage.replace('_', ' ')} (nats)", damage),
+    )
+    for column, (title, value) in enumerate(panels, start=1):
+        wide = effects.pivot(index="layer", columns="multiplier", values=value)
+        most = float(np.nanmax(np.abs(wide.to_numpy()))) or 1.0
+        figure.add_heatmap(
+            z=wide.to_numpy(),
+            x=[f"{m:g}" for m in wide.columns],
+            y=[str(layer) for layer in wide.index],
+            colorscale=DIVERGING,
+            zmin=-most,
+            zmax=most,
+            colorbar={"x": 0.43 if column == 1 else 1.01, "thickness": 10, "len": 0.9},
+            hovertemplate="layer %{y}, multiplier %{x}: %{z:.3f}<extra></extra>",
+            row=1,
+            col=column,
+        )
+        figure.update_xaxes(title_text=f"multiplier<br>{title}", type="category", row=1, col=column)
+    figure.update_yaxes(title_text="layer", type="category", row=1, col=1)
+    note = f"{sweep.model} · n = {sweep.n_prompts} prompts · means · white: no change"
+    height = 200 + max(160, 22 * len(sweep.layers))
+    return styled(figure, "Where and how hard to steer", note, height)
+
+
+def operators(effects: pd.DataFrame, model: str) -> go.Figure:
+    """The effect of each operator against the damage, a line an operator and side.
+
+    `effects`: rows of `SteeringSweep.effects` with a column `operator`.
+    """
+    figure = go.Figure()
+    for colour, (name, rows) in zip(cycle(COLOURS), effects.groupby("operator", sort=False), strict=False):
+        for side in (-1, 1):
+            part = rows.loc[np.sign(rows["multiplier"]) == side].sort_values("kl")
+            figure.add_scatter(
+                x=part["kl"],
+                y=part["change"],
+                mode="lines+markers",
+                name=str(name),
+                legendgroup=str(name),
+                showlegend=side == (1 if float(rows["multiplier"].to_numpy().max()) > 0 else -1),
+                line={"color": colour},
+                error_y=error_bar(part, "change") | {"thickness": 1},
+                hovertemplate=f"{name}: KL %{{x:.2f}}, change %{{y:.2f}}<extra></extra>",
+            )
+    figure.add_hline(0, line={"color": INK, "dash": "dot", "width": 1})
+    figure.update_xaxes(title_text="damage: KL on neutral prompts (nats)", type="log")
+    figure.update_yaxes(title_text="change of the behaviour")
+    note = f"{model} · n = {int(effects['n'].iloc[0])} prompts · means with 95% intervals · equal KL, solved"
+    return styled(figure, "Operators at equal damage", note, 440, above=40)
+
+
+def prompt_slopes(sweep: SteeringSweep, *, measure: str | None = None) -> go.Figure:
+    """Each prompt's slope of the measure against the multiplier, by layer; below 0: the wrong way."""
+    table = sweep.steerability(measure)
+    name = measure or sweep.measure
+    figure = go.Figure()
+    for layer in sweep.layers:
+        slopes = sweep.slopes(layer, measure)
+        figure.add_violin(
+            x=[str(layer)] * len(slopes),
+            y=slopes,
+            points="all",
+            pointpos=0,
+            jitter=0.4,
+            marker={"color": ACCENT, "size": 4},
+            fillcolor=pale(ACCENT),
+            line={"color": ACCENT, "width": 1},
+            showlegend=False,
+        )
+    figure.add_scatter(
+        x=[str(layer) for layer in table["layer"]],
+        y=(table["random_low"] + table["random_high"]) / 2,
+        error_y={"type": "data", "array": (table["random_high"] - table["random_low"]) / 2, "width": 14},
+        mode="markers",
+        marker={"color": INK, "symbol": "line-ew-open", "size": 14, "line": {"width": 2}},
+        name="mean slopes of random directions",
+    )
+    figure.add_hline(0, line={"color": INK, "dash": "dot", "width": 1})
+    figure.update_xaxes(title_text="layer steered", type="category")
+    figure.update_yaxes(title_text=f"slope of {_plain_name(name)}<br>a multiplier")
+    note = f"{sweep.model} · a dot a prompt, n = {sweep.n_prompts} · below the dotted line: anti-steerable"
+    return styled(figure, "Does every prompt follow?", note, 420, above=30)
+
+
+def _dose_curve(summary: pd.DataFrame, direction: str, name: str, *, legend: bool) -> go.Scatter:
+    part = summary.loc[summary["direction"] == direction].sort_values("multiplier")
+    return go.Scatter(
+        x=part["multiplier"],
+        y=part[name],
+        mode="lines+markers",
+        line={"color": DANGEROUS},
+        name="content vector",
+        showlegend=legend,
+        error_y=error_bar(part, name) | {"thickness": 1},
+        customdata=part["dose"],
+        hovertemplate="multiplier %{x}, dose %{customdata:.2f}: %{y:.4f}",
+    )
+
+
+def _random_band(summary: pd.DataFrame, name: str, *, legend: bool) -> list[go.Scatter]:
+    """From the lowest to the highest mean of the random directions at each multiplier."""
+    part = summary.loc[summary["direction"].str.startswith(RANDOM)]
+    if part[name].isna().all():
+        return []
+    by_m = part.groupby("multiplier")[name].agg(["min", "max"]).dropna()
+    x = by_m.index.to_list()
+    return [
+        go.Scatter(
+            x=[*x, *x[::-1]],
+            y=[*by_m["max"], *by_m["min"][::-1]],
+            fill="toself",
+            fillcolor=pale(CONTROL, 0.35),
+            line={"color": CONTROL, "width": 1},
+            mode="lines",
+            name=f"{part['direction'].nunique()} random directions",
+            showlegend=legend,
+            hoverinfo="skip",
+        )
+    ]
+
+
+def _mark_cliff(figure: go.Figure, sweep: SteeringSweep, layer: int) -> None:
+    cliff = sweep.cliff()
+    for _, one in cliff.loc[(cliff["layer"] == layer) & cliff["multiplier"].notna()].iterrows():
+        figure.add_vline(
+            one["multiplier"],
+            line={"color": INK, "dash": "dot", "width": 1},
+        )
+        figure.add_annotation(
+            x=one["multiplier"], y=1, yref="y domain", text="cliff", font_size=11, showarrow=False, yshift=9
+        )
+
+
+def _plain_name(measure: str) -> str:
+    return _MEASURE_NAMES.get(measure, measure).replace("<br>", " ")
