@@ -50,6 +50,14 @@ if TYPE_CHECKING:
     from .plans import Dose, ExponentialDecay, LinearDecay, SteeringPlan
     from .prompts import Prompt, PromptSet, load_prompts
     from .public_sets import public_sets
+    from .readings import (
+        AttentionPatterns,
+        TokenScores,
+        attention_patterns,
+        layer_scores,
+        nearest_prompts,
+        token_scores,
+    )
     from .report import report, sweep_report
     from .residuals import ResidualCache, residual_streams
     from .responses import Consistency, SteeringSweep, consistency
@@ -107,6 +115,14 @@ _ROOMS = {
     "models": ("ModelFingerprint", "fingerprint", "load_model"),
     "prompts": ("Prompt", "PromptSet", "load_prompts"),
     "public_sets": ("public_sets",),
+    "readings": (
+        "AttentionPatterns",
+        "TokenScores",
+        "attention_patterns",
+        "layer_scores",
+        "nearest_prompts",
+        "token_scores",
+    ),
     "report": ("report", "sweep_report"),
     "residuals": ("ResidualCache", "residual_streams"),
     "separation": ("LayerTable", "layer_table", "top_dimensions"),
@@ -128,6 +144,7 @@ _ROOMS = {
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "AttentionPatterns",
     "Checkup",
     "Consistency",
     "ContentVectors",
@@ -157,8 +174,10 @@ __all__ = [
     "Study",
     "TargetKL",
     "TextBaseline",
+    "TokenScores",
     "ToneContent",
     "TransferMatrix",
+    "attention_patterns",
     "category_matrix",
     "checkup",
     "choose_detector",
@@ -173,10 +192,12 @@ __all__ = [
     "generate",
     "joined",
     "label_curve",
+    "layer_scores",
     "layer_table",
     "load_detector",
     "load_model",
     "load_prompts",
+    "nearest_prompts",
     "next_token_kl",
     "next_token_logits",
     "operators",
@@ -199,6 +220,7 @@ __all__ = [
     "sweep",
     "sweep_report",
     "to_dict",
+    "token_scores",
     "tone_content",
     "tone_vectors",
     "top_dimensions",

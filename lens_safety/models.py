@@ -204,6 +204,11 @@ def site_hook(layer: int, site: str) -> str:
     return f"blocks.{layer}.hook_{site}"
 
 
+def pattern_hook(layer: int) -> str:
+    """The exact hook name of a block's attention weights, after the softmax."""
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
 def check_layers(model: ResidualModel, layers: Sequence[int], *, embed: bool = False) -> list[int]:
     """`layers` as a list, each within 0 .. n_layers-1 (or -1, the embedding, where allowed)."""
     lowest, n_layers = (EMBED if embed else 0), model.cfg.n_layers
