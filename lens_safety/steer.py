@@ -131,6 +131,15 @@ def steering(
         yield record
 
 
+@dataclass(frozen=True)
+class Continued:
+    """A prompt with the unsteered model's continuation, where that starts, and its log-probabilities."""
+
+    batch: tok.Batch
+    start: int
+    log_p: Float[Tensor, "new d_vocab"]
+
+
 def next_token_kl(
     model: ResidualModel,
     plans: Sequence[SteeringPlan],
@@ -145,38 +154,42 @@ def next_token_kl(
     prompt, of which the plan's positions treat the continuation as generated. Plans must be stackable
     (`SteeringPlan.stack`). The built-in `neutral` prompts by default.
     """
-    chosen = load_prompts("neutral") if prompts is None else as_prompts(prompts)
     if plans:
         SteeringPlan.stack(plans)
-    return _divergence(model, plans, _unsteered(model, chosen, n_tokens, template))
+    return divergence(model, plans, continued(model, prompts, n_tokens=n_tokens, template=template))
 
 
-def _unsteered(
-    model: ResidualModel, prompts: PromptSet, n_tokens: int, template: tok.Template
-) -> list[tuple[tok.Batch, int, Tensor]]:
-    """For each prompt: it and its greedy continuation, where that starts, and its log-probabilities."""
-    encoded, starts = greedy_continuations(model, prompts.texts, n_tokens, template=template)
+def continued(
+    model: ResidualModel,
+    prompts: PromptSet | Sequence[str] | None = None,
+    *,
+    n_tokens: int = KL_TOKENS,
+    template: tok.Template = "auto",
+) -> list[Continued]:
+    """What `divergence` measures on: each prompt (the built-in `neutral` ones by default), continued."""
+    chosen = load_prompts("neutral") if prompts is None else as_prompts(prompts)
+    encoded, starts = greedy_continuations(model, chosen.texts, n_tokens, template=template)
     made = []
     for row, start in enumerate(starts):
         batch = tok.pad(model, encoded, [row])
-        made.append((batch, start, continuation_logits(model, batch, [start])[0].log_softmax(dim=-1)))
+        log_p = continuation_logits(model, batch, [start])[0].log_softmax(dim=-1)
+        made.append(Continued(batch, start, log_p))
     return made
 
 
-def _divergence(
-    model: ResidualModel,
-    plans: Sequence[SteeringPlan],
-    unsteered: list[tuple[tok.Batch, int, Tensor]],
+def divergence(
+    model: ResidualModel, plans: Sequence[SteeringPlan], texts: Sequence[Continued]
 ) -> Float[np.ndarray, "plan prompt"]:
-    divergence = np.zeros((len(plans), len(unsteered)))
-    for prompt, (batch, start, base) in enumerate(unsteered):
+    """`next_token_kl` on texts that were continued before."""
+    kl = np.zeros((len(plans), len(texts)))
+    for prompt, one in enumerate(texts):
         for first in range(0, len(plans), _ROWS_A_PASS):
             part = plans[first : first + _ROWS_A_PASS]
             rows = torch.zeros(len(part), dtype=torch.long)
             with SteeringPlan.stack(part).on(model):
-                steered = continuation_logits(model, batch, [start], rows=rows)
-            divergence[first : first + len(part), prompt] = [_kl(base, logits) for logits in steered]
-    return divergence
+                steered = continuation_logits(model, one.batch, [one.start], rows=rows)
+            kl[first : first + len(part), prompt] = [_kl(one.log_p, logits) for logits in steered]
+    return kl
 
 
 def _kl(base: Float[Tensor, "new d_vocab"], logits: Float[Tensor, "new d_vocab"]) -> float:
@@ -195,11 +208,11 @@ def _solve_kl(model: ResidualModel, target: float, planned: Any) -> float:
 
     # What cannot be steered is refused before anything runs.
     planned(1.0)
-    unsteered = _unsteered(model, load_prompts("neutral"), KL_TOKENS, "auto")
+    texts = continued(model)
 
     def measured(grid: np.ndarray) -> np.ndarray:
         plans = [planned(float(np.sign(target) * m)) for m in grid]
-        return _divergence(model, plans, unsteered).mean(axis=1)
+        return divergence(model, plans, texts).mean(axis=1)
 
     grid = _RATIO ** np.arange(-6.0, 7.0)
     while True:

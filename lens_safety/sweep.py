@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .progress import track
 from .prompts import PromptSet, as_prompts
 from .residuals import ResidualCache
 from .responses import ASKED, CONTENT, NOWHERE, RANDOM, UNSTEERED, SteeringSweep
-from .steer import next_token_kl, steering_plan
+from .steer import Continued, continued, divergence, steering_plan
 from .types import Hook, OptionError, PromptError, ResidualModel, one_of
 
 Behaviour = Callable[[str, str], float]
@@ -216,6 +217,10 @@ class _Run:
             made += [("kl", first, min(first + _PLANS_A_JOB, n)) for first in range(0, n, _PLANS_A_JOB)]
         return made
 
+    @cached_property
+    def _neutral_texts(self) -> list[Continued]:
+        return continued(self.model, self.neutral, template=self.template)
+
     @staticmethod
     def size(job: tuple[str, int, int]) -> int:
         return job[2] - job[1]
@@ -223,8 +228,8 @@ class _Run:
     def do(self, job: tuple[str, int, int]) -> list[dict[str, Any]]:
         kind, first, end = job
         if kind == "kl":
-            kl = next_token_kl(self.model, self._plans()[first:end], self.neutral, template=self.template)
-            return [{"kl": float(value)} for value in kl.mean(axis=1)]
+            kl = divergence(self.model, self._plans()[first:end], self._neutral_texts).mean(axis=1)
+            return [{"kl": float(value)} for value in kl]
         rows = self.rows[first:end]
         prompts = [self.prompts.texts[prompt] for prompt, _ in rows]
         asked = [
