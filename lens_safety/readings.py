@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,17 @@ from . import tokens as tok
 from .detect import Detector
 from .directions import ContentVectors
 from .files import Result
-from .models import fingerprint, pattern_hook, resid_hook, run_blocks
+from .models import check_layers, fingerprint, pattern_hook, resid_hook, run_blocks
 from .prompts import PromptSet, as_prompts
 from .residuals import ResidualCache
+from .show import card
 from .types import EMBED, Hook, MismatchError, OptionError, ResidualModel
 
 DETECTOR = "detector"
+UNFINISHED = "⋯"
+"""Stands for a token that ends within a character; the last token of the character shows it whole."""
+
+_HALF = "\ufffd"
 _RUNNING = ("content_mean", "content_last", "last", "max")
 
 
@@ -27,7 +33,8 @@ _RUNNING = ("content_mean", "content_last", "last", "max")
 class TokenScores(Result):
     """The score of each token of some prompts, by a detector and by the class means of each layer.
 
-    A row for each prompt, token and reader. Columns: `prompt` (its number) and `place`; `token`, as text;
+    A row for each prompt, token and reader. Columns: `prompt` (its number) and `place`; `token`, as text,
+    where "⋯" is a token that ends within a character (such as an emoji) and the next ones show it;
     `content` (whether it is of the user's own text); `reader`, "detector" or "layer L"; `score`, of the
     residual stream at this token alone; `running`, of all content tokens up to this one, put together as
     `position` says, NaN before the first of them: its last value is the prompt's score; `cut`, the score
@@ -58,8 +65,8 @@ class TokenScores(Result):
         return chosen.reset_index(drop=True)
 
     def _repr_html_(self) -> str:
-        title = f"{len(self.prompts)} prompts, {self.model}. Plot: ls.plots.token_view(scores)"
-        return f"<p>{title}</p>{self.frame.head(12).round(3).to_html(index=False)}"
+        what = f"Token scores of {len(self.prompts)} prompts, {self.model}, read at {self.position}"
+        return card(what, self.frame, "ls.plots.token_view(scores)")
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,14 @@ class AttentionPatterns:
     model: str
 
     def _repr_html_(self) -> str:
-        n_heads = self.pattern.shape[1]
-        return (
-            f"<p>{n_heads} heads at layers {', '.join(map(str, self.layers))}, {len(self.tokens)} tokens, "
-            f"{self.model}. Plot: ls.plots.attention_view(patterns)</p>"
+        n_heads, n = self.pattern.shape[1], len(self.tokens)
+        largest = self.pattern[:, :, 1:, 1:] if n > 1 else self.pattern
+        weight, head = largest.amax(dim=(2, 3)).max(dim=1)
+        return card(
+            f"Attention of {n_heads} heads a layer, {n} tokens, {self.model}",
+            pd.DataFrame({"layer": self.layers, "head": head.tolist(), "weight": weight.tolist()}),
+            "ls.plots.attention_view(patterns)",
+            note="each layer's head with the largest weight on a token other than the first",
         )
 
 
@@ -97,40 +108,39 @@ def token_scores(
         vectors: class means, whose `layer_scores` are given at each of `layers` (all of them by default).
 
     Raises:
-        OptionError: neither a detector nor vectors, or a position whose running score is not defined.
-        MismatchError: a detector or vectors of another model, or the two with different positions.
+        PromptError: an empty prompt, or one longer than the context.
+        OptionError: neither a detector nor vectors, layers without vectors, a layer out of range, or a
+            position whose running score is not defined.
+        MismatchError: a detector or vectors of another model, the two with different positions, or a
+            layer that has no vector.
     """
     prompts = as_prompts(prompts)
     position, template = _way_of_reading(detector, vectors)
     for what, one in (("the detector", detector), ("the vectors", vectors)):
         if one is not None:
             one.model.require(fingerprint(model), what)
-    chosen = () if vectors is None else tuple(vectors.layers if layers is None else layers)
-    rows: list[pd.DataFrame] = []
-    encoded = tok.encode(model, prompts.texts, template=tok.named_template(template))
+    chosen = _chosen_layers(model, vectors, layers)
+    readers = _readers(detector, vectors, chosen)
     needed = sorted({*chosen, *(() if detector is None else detector.layers)})
-    for number, one in enumerate(encoded):
+    rows: list[pd.DataFrame] = []
+    for number, one in enumerate(tok.encode(model, prompts.texts, template=tok.named_template(template))):
         streams = _streams(model, one, needed)
         running = {layer: _running(h, one.content, position) for layer, h in streams.items()}
-        names = _token_texts(model, one)
-        for reader, score, cut in _readers(detector, vectors, chosen):
+        shared = {
+            "prompt": number,
+            "place": np.arange(len(one)),
+            "token": _token_texts(model, one),
+            "content": one.content,
+        }
+        started = _started(one.content, position)
+        for reader, score, cut in readers:
+            own, so_far = score(streams), np.where(started, score(running), np.nan)
             rows.append(
-                pd.DataFrame(
-                    {
-                        "prompt": number,
-                        "place": np.arange(len(one)),
-                        "token": names,
-                        "content": one.content,
-                        "reader": reader,
-                        "score": score(streams),
-                        "running": np.where(_started(one.content, position), score(running), np.nan),
-                        "cut": cut,
-                    }
-                )
+                pd.DataFrame({**shared, "reader": reader, "score": own, "running": so_far, "cut": cut})
             )
     return TokenScores(
         frame=pd.concat(rows, ignore_index=True),
-        prompts=prompts.texts,
+        prompts=tuple(prompts.texts),
         detector="" if detector is None else detector.name,
         position=position,
         model=fingerprint(model).name,
@@ -143,10 +153,18 @@ def layer_scores(
     """The two-vector score of each prompt at each layer, on one scale for all layers.
 
     (cos(h, dangerous mean) - cos(h, safe mean)) / (1 - cos(dangerous mean, safe mean)): 1 at the dangerous
-    mean, -1 at the safe one, 0 equally near to both. Row i is `layers[i]`, by default those of `vectors`.
+    mean, -1 at the safe one, 0 equally near to both (and where the two means are the same). Row i is
+    `layers[i]`, by default those of `vectors`.
+
+    Raises:
+        MismatchError: a cache of another model, position or template, or without one of the layers.
+        OptionError: no layers.
     """
     vectors.model.require(cache.model, "the vectors")
+    _require_way("the vectors", vectors, "a cache", cache)
     chosen = vectors.layers if layers is None else layers
+    if not chosen:
+        raise OptionError("no layers given, expected at least one")
     return np.stack([_relative(cache.layer(layer), vectors, layer) for layer in chosen])
 
 
@@ -154,8 +172,15 @@ def nearest_prompts(cache: ResidualCache, train: ResidualCache, *, layer: int, k
     """The k prompts of `train` nearest to each prompt of `cache`, by cosine around the mean of `train`.
 
     Columns: `prompt` (its number in `cache`), `rank` from 1, `text`, `label`, `kind`, `cosine`.
+
+    Raises:
+        MismatchError: caches of two models, positions or templates, or a layer that is not cached.
+        OptionError: k below 1.
     """
     train.model.require(cache.model, "the training cache")
+    _require_way("the training cache", train, "a cache", cache)
+    if k < 1:
+        raise OptionError(f"k={k} given, expected 1 or more")
     centre = train.layer(layer).mean(dim=0)
     known = torch.nn.functional.normalize(train.layer(layer) - centre, dim=1)
     given = torch.nn.functional.normalize(cache.layer(layer) - centre, dim=1)
@@ -178,15 +203,21 @@ def nearest_prompts(cache: ResidualCache, train: ResidualCache, *, layer: int, k
 def attention_patterns(
     model: ResidualModel, prompt: str, *, layers: Sequence[int], template: tok.Template = "auto"
 ) -> AttentionPatterns:
-    """The attention pattern of every head at some layers, for one prompt in its template."""
-    (one,) = tok.encode(model, [prompt], template=template)
+    """The attention pattern of every head at some layers, for one prompt in its template.
+
+    Raises:
+        PromptError: an empty prompt, or one longer than the context.
+        OptionError: a layer out of range, twice, or none.
+    """
+    chosen = check_layers(model, layers)
+    (one,) = tok.encode(model, as_prompts([prompt]).texts, template=template)
     found: dict[int, Tensor] = {}
-    hooks = [(pattern_hook(layer), _into(found, layer)) for layer in layers]
-    run_blocks(model, tok.pad(model, [one], [0]).tokens, hooks, last_layer=max(layers))
+    hooks = [(pattern_hook(layer), _into(found, layer)) for layer in chosen]
+    run_blocks(model, tok.pad(model, [one], [0]).tokens, hooks, last_layer=max(chosen))
     return AttentionPatterns(
-        pattern=torch.stack([found[layer] for layer in layers]),
+        pattern=torch.stack([found[layer] for layer in chosen]),
         tokens=tuple(_token_texts(model, one)),
-        layers=tuple(layers),
+        layers=tuple(chosen),
         model=fingerprint(model).name,
     )
 
@@ -203,16 +234,43 @@ def _way_of_reading(detector: Detector | None, vectors: ContentVectors | None) -
     first = detector or vectors
     if first is None:
         raise OptionError("neither a detector nor vectors given: expected one of them, or both")
-    if vectors is not None and (vectors.position, vectors.template) != (first.position, first.template):
-        raise MismatchError(
-            f"vectors read at {vectors.position} ({vectors.template}) given beside a detector that reads "
-            f"{first.position} ({first.template}): expected the same position and template"
-        )
+    if vectors is not None and detector is not None:
+        _require_way("vectors", vectors, "a detector", detector)
     if first.position not in _RUNNING:
         raise OptionError(
-            f"position {first.position!r} has no running score: expected one of {', '.join(_RUNNING)}"
+            f"position {first.position!r} given, which has no running score: "
+            f"expected one of {', '.join(_RUNNING)}"
         )
     return first.position, first.template
+
+
+def _require_way(
+    what: str,
+    one: ContentVectors | ResidualCache,
+    beside: str,
+    other: ContentVectors | ResidualCache | Detector,
+) -> None:
+    if (one.position, one.template) != (other.position, other.template):
+        raise MismatchError(
+            f"{what} read at {one.position} ({one.template}) given beside {beside} read at "
+            f"{other.position} ({other.template}): expected the same position and template"
+        )
+
+
+def _chosen_layers(
+    model: ResidualModel, vectors: ContentVectors | None, layers: Sequence[int] | None
+) -> list[int]:
+    """The layers of which a score is given; each has a vector."""
+    if vectors is None:
+        if layers is not None:
+            raise OptionError(
+                f"layers={list(layers)} given without vectors: expected vectors=..., or no layers"
+            )
+        return []
+    chosen = check_layers(model, vectors.layers if layers is None else layers, embed=True)
+    for layer in chosen:
+        vectors.row(layer)
+    return chosen
 
 
 def _streams(
@@ -251,10 +309,15 @@ def _readers(detector: Detector | None, vectors: ContentVectors | None, layers: 
             return detector.score_resid(torch.stack([streams[layer] for layer in detector.layers]))
 
         made.append((DETECTOR, of_detector, detector.threshold))
-    for layer in layers if vectors is not None else ():
-        name = "embed" if layer == EMBED else f"layer {layer}"
-        made.append((name, lambda streams, layer=layer: _relative(streams[layer], vectors, layer), 0.0))
+    if vectors is not None:
+        for layer in layers:
+            name = "embed" if layer == EMBED else f"layer {layer}"
+            made.append((name, partial(_of_layer, vectors=vectors, layer=layer), 0.0))
     return made
+
+
+def _of_layer(streams: dict[int, Tensor], vectors: ContentVectors, layer: int) -> np.ndarray:
+    return _relative(streams[layer], vectors, layer)
 
 
 def _relative(h: Tensor, vectors: ContentVectors, layer: int) -> np.ndarray:
@@ -268,4 +331,22 @@ def _relative(h: Tensor, vectors: ContentVectors, layer: int) -> np.ndarray:
 
 
 def _token_texts(model: ResidualModel, one: tok.Encoded) -> list[str]:
-    return [model.tokenizer.decode([int(token)]) for token in one.ids]
+    """Each token as text. A character that takes several tokens stands at the last of them."""
+    ids = one.ids.tolist()
+    texts: list[str] = []
+    first = before = shown = 0
+    for end in range(1, len(ids) + 1):
+        # With the tokens before it, because some tokenizers drop the blank of a text's first word.
+        known, now = (
+            model.tokenizer.decode(part, clean_up_tokenization_spaces=False)
+            for part in (ids[first:before], ids[first:end])
+        )
+        new = now[len(known) + shown :]
+        if new.endswith(_HALF) and end < len(ids):
+            new = new.rstrip(_HALF)
+            shown += len(new)
+            texts.append(new + UNFINISHED)
+        else:
+            texts.append(new)
+            first, before, shown = before, end, 0
+    return texts
