@@ -322,6 +322,20 @@ class Detector:
             return loaded
 
 
+def require_same_reading(
+    what: str,
+    one: ContentVectors | ResidualCache,
+    beside: str,
+    other: ContentVectors | ResidualCache | Detector,
+) -> None:
+    """Raise `MismatchError` unless the two were read at one position, in one template."""
+    if (one.position, one.template) != (other.position, other.template):
+        raise MismatchError(
+            f"{what} read at {one.position} ({one.template}) given beside {beside} read at "
+            f"{other.position} ({other.template}): expected the same position and template"
+        )
+
+
 def load_detector() -> Detector:
     """The detector that comes with the package, for the built-in model: see its card, `detectors/README.md`.
 
@@ -394,11 +408,7 @@ def _check_companion(
     what: str, other: ContentVectors | ResidualCache, cache: ResidualCache, pool: tuple[int, ...]
 ) -> None:
     other.model.require(cache.model, f"what is given as {what}")
-    if (other.position, other.template) != (cache.position, cache.template):
-        raise MismatchError(
-            f"{what} read at {other.position} ({other.template}) given beside a cache read at "
-            f"{cache.position} ({cache.template}): expected the same position and template"
-        )
+    require_same_reading(what, other, "a cache", cache)
     if isinstance(other, ResidualCache):
         _check_finite(other, pool)
 

@@ -1,6 +1,6 @@
 """Reading single prompts: the score of each token, at each layer; the nearest known prompts; attention."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import tokens as tok
-from .detect import Detector
+from .detect import Detector, require_same_reading
 from .directions import ContentVectors
 from .files import Result
 from .models import check_layers, fingerprint, pattern_hook, resid_hook, run_blocks
 from .prompts import PromptSet, as_prompts
 from .residuals import ResidualCache
 from .show import card
-from .types import EMBED, Hook, MismatchError, OptionError, ResidualModel
+from .types import EMBED, Hook, OptionError, ResidualModel
 
 DETECTOR = "detector"
 UNFINISHED = "⋯"
@@ -66,7 +66,7 @@ class TokenScores(Result):
 
     def _repr_html_(self) -> str:
         what = f"Token scores of {len(self.prompts)} prompts, {self.model}, read at {self.position}"
-        return card(what, self.frame, "ls.plots.token_view(scores)")
+        return card(what, self.frame, "scores.of(0, scores.readers[0])")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class AttentionPatterns:
         return card(
             f"Attention of {n_heads} heads a layer, {n} tokens, {self.model}",
             pd.DataFrame({"layer": self.layers, "head": head.tolist(), "weight": weight.tolist()}),
-            "ls.plots.attention_view(patterns)",
+            "patterns.pattern[0]",
             note="each layer's head with the largest weight on a token other than the first",
         )
 
@@ -124,7 +124,7 @@ def token_scores(
     needed = sorted({*chosen, *(() if detector is None else detector.layers)})
     rows: list[pd.DataFrame] = []
     for number, one in enumerate(tok.encode(model, prompts.texts, template=tok.named_template(template))):
-        streams = _streams(model, one, needed)
+        streams = _heard(model, one, needed, resid_hook)
         running = {layer: _running(h, one.content, position) for layer, h in streams.items()}
         shared = {
             "prompt": number,
@@ -161,7 +161,7 @@ def layer_scores(
         OptionError: no layers.
     """
     vectors.model.require(cache.model, "the vectors")
-    _require_way("the vectors", vectors, "a cache", cache)
+    require_same_reading("the vectors", vectors, "a cache", cache)
     chosen = vectors.layers if layers is None else layers
     if not chosen:
         raise OptionError("no layers given, expected at least one")
@@ -178,7 +178,7 @@ def nearest_prompts(cache: ResidualCache, train: ResidualCache, *, layer: int, k
         OptionError: k below 1.
     """
     train.model.require(cache.model, "the training cache")
-    _require_way("the training cache", train, "a cache", cache)
+    require_same_reading("the training cache", train, "a cache", cache)
     if k < 1:
         raise OptionError(f"k={k} given, expected 1 or more")
     centre = train.layer(layer).mean(dim=0)
@@ -211,9 +211,7 @@ def attention_patterns(
     """
     chosen = check_layers(model, layers)
     (one,) = tok.encode(model, as_prompts([prompt]).texts, template=template)
-    found: dict[int, Tensor] = {}
-    hooks = [(pattern_hook(layer), _into(found, layer)) for layer in chosen]
-    run_blocks(model, tok.pad(model, [one], [0]).tokens, hooks, last_layer=max(chosen))
+    found = _heard(model, one, chosen, pattern_hook)
     return AttentionPatterns(
         pattern=torch.stack([found[layer] for layer in chosen]),
         tokens=tuple(_token_texts(model, one)),
@@ -222,11 +220,21 @@ def attention_patterns(
     )
 
 
-def _into(found: dict[int, Tensor], layer: int) -> Hook:
-    def hook_fn(value: Tensor, hook: Any) -> None:
-        found[layer] = value[0].float().cpu()
+def _heard(
+    model: ResidualModel, one: tok.Encoded, layers: Sequence[int], hook_of: Callable[[int], str]
+) -> dict[int, Tensor]:
+    """What a hook of each layer sees in one pass over one prompt, without the axis of the batch."""
+    found: dict[int, Tensor] = {}
 
-    return hook_fn
+    def into(layer: int) -> Hook:
+        def hook_fn(value: Tensor, hook: Any) -> None:
+            found[layer] = value[0].float().cpu()
+
+        return hook_fn
+
+    hooks = [(hook_of(layer), into(layer)) for layer in layers]
+    run_blocks(model, tok.pad(model, [one], [0]).tokens, hooks, last_layer=max(0, *layers))
+    return found
 
 
 def _way_of_reading(detector: Detector | None, vectors: ContentVectors | None) -> tuple[str, str]:
@@ -235,26 +243,13 @@ def _way_of_reading(detector: Detector | None, vectors: ContentVectors | None) -
     if first is None:
         raise OptionError("neither a detector nor vectors given: expected one of them, or both")
     if vectors is not None and detector is not None:
-        _require_way("vectors", vectors, "a detector", detector)
+        require_same_reading("vectors", vectors, "a detector", detector)
     if first.position not in _RUNNING:
         raise OptionError(
             f"position {first.position!r} given, which has no running score: "
             f"expected one of {', '.join(_RUNNING)}"
         )
     return first.position, first.template
-
-
-def _require_way(
-    what: str,
-    one: ContentVectors | ResidualCache,
-    beside: str,
-    other: ContentVectors | ResidualCache | Detector,
-) -> None:
-    if (one.position, one.template) != (other.position, other.template):
-        raise MismatchError(
-            f"{what} read at {one.position} ({one.template}) given beside {beside} read at "
-            f"{other.position} ({other.template}): expected the same position and template"
-        )
 
 
 def _chosen_layers(
@@ -271,15 +266,6 @@ def _chosen_layers(
     for layer in chosen:
         vectors.row(layer)
     return chosen
-
-
-def _streams(
-    model: ResidualModel, one: tok.Encoded, layers: Sequence[int]
-) -> dict[int, Float[Tensor, "pos d_model"]]:
-    found: dict[int, Tensor] = {}
-    hooks = [(resid_hook(layer), _into(found, layer)) for layer in layers]
-    run_blocks(model, tok.pad(model, [one], [0]).tokens, hooks, last_layer=max(0, *layers))
-    return found
 
 
 def _running(h: Float[Tensor, "pos d_model"], content: np.ndarray, position: str) -> Tensor:

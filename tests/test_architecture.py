@@ -14,9 +14,8 @@ import lens_safety as ls
 PACKAGE = Path(ls.__file__).parent
 LEVELS = {
     **dict.fromkeys(["types"], 0),
-    **dict.fromkeys(["intervals", "metrics", "files", "progress", "show", "wheels"], 1),
-    **dict.fromkeys(["prompts", "public_sets"], 1),
-    **dict.fromkeys(["operators"], 1),
+    **dict.fromkeys(["intervals", "metrics", "files", "progress", "wheels", "prompts", "public_sets"], 1),
+    **dict.fromkeys(["operators", "show"], 1),
     **dict.fromkeys(["models"], 2),
     **dict.fromkeys(["tokens"], 3),
     **dict.fromkeys(["residuals", "kv_cache", "decoding"], 4),
@@ -29,7 +28,7 @@ LEVELS = {
 BESIDE = {
     "decoding": {"kv_cache"},
     "metrics": {"files", "progress", "intervals"},
-    "prompts": {"files", "progress", "public_sets", "show"},
+    "prompts": {"files", "progress", "public_sets"},
     "public_sets": {"files"},
     "wheels": {"files"},
     "detect": {"scorers"},

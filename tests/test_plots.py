@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from browsing import CHROMIUMS
 from conftest import D_MODEL, N_LAYERS, planted_cache, relabelled
 from plotly.io import _kaleido
 from sweeps import linear
@@ -16,8 +17,6 @@ import lens_safety as ls
 from lens_safety import plots
 from lens_safety.evaluate import compare
 from lens_safety.plots import style
-
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
 def titles(figure) -> set[str]:

@@ -1,11 +1,11 @@
 import re
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from browsing import Heard, browser
 
 import lens_safety as ls
 from lens_safety.prompts import Prompt, PromptSet
@@ -140,44 +140,18 @@ def test_the_page_is_whole_escaped_and_fetches_nothing(saved):
         assert f'id="{section}"' in page
 
 
-def chromium() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        found = subprocess.run(["which", name], capture_output=True, text=True, check=False).stdout.strip()
-        if found:
-            return found
-    pytest.skip("needs a Chromium on the PATH")
-
-
-def in_browser(page: Path, profile: Path) -> tuple[str, str]:
+def in_browser(path: Path) -> tuple[str, str]:
     """The page's DOM after its scripts ran without a network, and what the console said."""
-    run = subprocess.run(
-        [
-            chromium(),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--no-first-run",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--user-data-dir={profile}",
-            "--enable-logging=stderr",
-            "--v=0",
-            "--virtual-time-budget=20000",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return run.stdout, "\n".join(line for line in run.stderr.splitlines() if "CONSOLE" in line)
+    with browser() as opened:
+        page = opened.new_page()
+        heard, said = Heard(page), []
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(path.as_uri(), wait_until="load")
+        return page.content(), "\n".join([*said, *heard.errors, *heard.left])
 
 
-def test_a_browser_without_a_network_draws_every_figure(saved, tmp_path):
-    dom, console = in_browser(saved[1]["report.html"], tmp_path / "profile")
+def test_a_browser_without_a_network_draws_every_figure(saved):
+    dom, console = in_browser(saved[1]["report.html"])
     figures = Page(dom).ids
     assert len(figures) == 6
     # Each drawn figure has plotly's drawing inside its element.
@@ -188,7 +162,7 @@ def test_a_browser_without_a_network_draws_every_figure(saved, tmp_path):
 def test_the_browser_test_sees_a_broken_page(tmp_path):
     page = tmp_path / "broken.html"
     page.write_text("<script>noSuchFunction()</script>")
-    assert "noSuchFunction" in in_browser(page, tmp_path / "profile")[1]
+    assert "noSuchFunction" in in_browser(page)[1]
 
 
 def test_an_interrupted_study_leaves_whole_files_and_resumes(tiny, tmp_path, monkeypatch):
