@@ -80,7 +80,11 @@ def at_kl(
     """The multiplier of a KL, or None where the operator does not reach it."""
     try:
         plan = ls.steering_plan(
-            session.model, vectors, layers=[layer], multiplier=ls.TargetKL(target), operator=operator
+            session.model,
+            vectors,
+            layers=[layer],
+            multiplier=ls.TargetKL(target, template="raw"),
+            operator=operator,
         )
     except OptionError as error:
         print(f"{operator}: {error}")

@@ -30,10 +30,12 @@ _FINEST = 0.01
 class TargetKL:
     """A multiplier as the damage it does: the one at which `next_token_kl` is `kl` nats, solved.
 
-    A negative number asks for the multiplier below 0, toward safe. It is solved for all layers at once.
+    A negative number asks for the multiplier below 0, toward safe. It is solved for all layers at once, on
+    the built-in `neutral` prompts in `template`: name the one in which you steer.
     """
 
     kl: float | int
+    template: tok.Template = "auto"
 
 
 def steering_plan(
@@ -66,7 +68,7 @@ def steering_plan(
         )
 
     if isinstance(multiplier, TargetKL):
-        return planned(_solve_kl(model, multiplier.kl, planned))
+        return planned(_solve_kl(model, multiplier, planned))
     return planned(multiplier)
 
 
@@ -201,14 +203,15 @@ def _kl(base: Float[Tensor, "new d_vocab"], logits: Float[Tensor, "new d_vocab"]
     )
 
 
-def _solve_kl(model: ResidualModel, target: float, planned: Any) -> float:
+def _solve_kl(model: ResidualModel, asked: TargetKL, planned: Any) -> float:
     """The smallest multiplier whose KL is the target: brackets of a doubling grid, refined twice."""
+    target = asked.kl
     if not np.isfinite(target) or target == 0:
         raise OptionError(f"TargetKL({target}) given, expected nats above 0, or below 0 for toward safe")
 
     # What cannot be steered is refused before anything runs.
     planned(1.0)
-    texts = continued(model)
+    texts = continued(model, template=asked.template)
 
     def measured(grid: np.ndarray) -> np.ndarray:
         plans = [planned(float(np.sign(target) * m)) for m in grid]

@@ -47,6 +47,8 @@ def loaded(built_in, built_in_cache, monkeypatch):
 
 def test_the_python_of_the_readme_runs(loaded, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    # KL on eight prompts takes half a minute; `make study` and the sweep's own tests measure it whole.
+    monkeypatch.setattr(ls, "sweep", short_sweep(ls.sweep, n=4, max_new_tokens=12, neutral=["Hi"]))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 9
     names: dict = {}
@@ -66,9 +68,9 @@ def test_each_command_of_the_readme_runs(loaded, command, monkeypatch, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LENS_SAFETY_CACHE", str(tmp_path))
     arguments = shlex.split(command)
-    if arguments[1] == "study":
+    if arguments[1] in ("study", "sweep"):
         # The texts take a minute; the README's command is run whole by `make study`.
-        monkeypatch.setattr(import_module("lens_safety.study"), "sweep", short_sweep(ls.sweep))
+        monkeypatch.setattr(import_module(f"lens_safety.{arguments[1]}"), "sweep", short_sweep(ls.sweep))
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -77,9 +79,10 @@ def test_each_command_of_the_readme_runs(loaded, command, monkeypatch, tmp_path,
         assert (tmp_path / arguments[arguments.index("--out") + 1]).exists()
 
 
-def short_sweep(real):
+def short_sweep(real, *, n=1, max_new_tokens=3, neutral=()):
     def sweep(model, vectors, prompts, **options):
-        return real(model, vectors, prompts[:1], **(options | {"max_new_tokens": 3, "neutral": []}))
+        shorter = {"max_new_tokens": max_new_tokens, "neutral": list(neutral)}
+        return real(model, vectors, prompts[:n], **(options | shorter))
 
     return sweep
 
@@ -107,14 +110,14 @@ def test_the_benchmark_of_the_readme_prints_its_ratios(engine, tmp_path):
 
 
 def test_the_studys_own_rows_are_detected_as_well_as_the_readme_says(built_in):
-    """200 training rows and, for time's sake, every ninth of the 1,800 test rows."""
+    """200 training rows and, for time's sake, every eighteenth of the 1,800 test rows."""
     require_data()
     train = ls.residual_streams(built_in, ls.load_prompts("persona_vector_study_train"), progress=False)
-    test = ls.residual_streams(built_in, ls.load_prompts("persona_vector_study_test")[::9], progress=False)
+    test = ls.residual_streams(built_in, ls.load_prompts("persona_vector_study_test")[::18], progress=False)
     report = ls.evaluate(ls.Detector.fit(train), test)
-    assert report.n == 200
-    # Five standard errors of 200 rows below the 0.75 of all 1,800.
-    assert report.accuracy.value > 0.6
+    assert report.n == 100
+    # Three and a half standard errors of 100 rows below the 0.77 and 0.84 of all 1,800.
+    assert report.accuracy.value > 0.62
     assert report.auroc.value > 0.7
 
 

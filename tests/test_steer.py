@@ -315,6 +315,15 @@ def test_a_multiplier_is_solved_for_whatever_is_steered(tiny, few_neutral, optio
     assert float(ls.next_token_kl(tiny, [plan]).mean()) == pytest.approx(0.01, rel=0.05)
 
 
+def test_a_multiplier_is_solved_for_in_the_template_that_is_named(tiny, few_neutral):
+    vectors = vectors_of(tiny)
+    asked = ls.TargetKL(0.02, template="raw")
+    plan = ls.steering_plan(tiny, vectors, layers=[1], multiplier=asked)
+    raw, chat = (float(ls.next_token_kl(tiny, [plan], template=t).mean()) for t in ("raw", "chat"))
+    assert raw == pytest.approx(0.02, rel=0.05)
+    assert chat != pytest.approx(0.02, rel=0.05)
+
+
 def test_the_solved_multiplier_is_the_one_whose_damage_was_asked_for(tiny, few_neutral):
     vectors = vectors_of(tiny)
     for multiplier in (-0.7, 2.0):
@@ -359,7 +368,7 @@ def test_what_cannot_be_steered_is_refused_before_a_multiplier_is_solved_for(tin
 
 def test_a_solved_multiplier_stands_alone_and_not_in_a_mapping(tiny):
     vectors = vectors_of(tiny)
-    with pytest.raises(ls.OptionError, match=r"multiplier TargetKL\(kl=0.1\) given, expected a finite"):
+    with pytest.raises(ls.OptionError, match=r"multiplier TargetKL\(kl=0.1, .* given, expected a finite"):
         ls.steering_plan(tiny, vectors, layers=[1], multiplier={1: ls.TargetKL(0.1)})
 
 
