@@ -235,7 +235,7 @@ def test_models_side_by_side_has_a_panel_a_set_and_a_colour_a_model(report):
     assert 0.5 < own.y[1] < 1 < other.y[0] < 1.5
     assert own_hard.x[0] == 0.4
     assert own_hard.error_x.arrayminus[0] == pytest.approx(0.1)
-    assert len(other_hard.x or ()) == 0
+    assert len(other_hard.x) == 0
     assert [s.x0 for s in figure.layout.shapes] == [0.5, 0.5]
     accuracy: Any = plots.models_side_by_side(first, measure="accuracy")
     assert [s.x0 for s in accuracy.layout.shapes] == [pytest.approx(26 / 40)] * 2

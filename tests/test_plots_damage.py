@@ -130,7 +130,7 @@ def test_consistency_shows_what_is_left_seen_and_silent():
     assert list(by_name["multiplier -2"].x) == [3, 4, 5]
     np.testing.assert_allclose(by_name["multiplier 2"].y, [2, 1, 0.5])
     np.testing.assert_allclose(by_name["multiplier 2"].error_y.array, [0.3] * 3)
-    crosses = [t for t in figure.data if t.marker.symbol == "x"]
+    crosses = [t for t in figure.data if t.type == "scatter" and t.marker.symbol == "x"]
     assert [list(t.x) for t in crosses] == [[5], []]
     np.testing.assert_allclose(by_name["score of the steered stream"].y, [-0.5, 0.5])
     np.testing.assert_allclose(by_name["score of the text alone"].y, [-0.25, 0.25])
@@ -150,5 +150,5 @@ def test_consistency_shows_what_is_left_seen_and_silent():
 def test_consistency_of_another_layer_and_of_one_that_was_not_steered():
     figure: Any = plots.consistency(seen(), 4)
     assert list(figure.data[0].x) == [4, 5, 6]
-    with pytest.raises(ls.OptionError, match="steered layer"):
+    with pytest.raises(ls.OptionError, match="layer 7 given, expected one that was steered"):
         plots.consistency(seen(), 7)

@@ -23,6 +23,9 @@ from .style import ACCENT, CONTROL, DANGEROUS, INK, SAFE, SECOND, pale, styled, 
 
 _N_BOOT = 500
 _GRID = np.linspace(0, 1, 201)
+_ENTRY = 42
+"""Characters of a legend's line that fit a narrow page."""
+
 _BAND = "band: 95%, prompts resampled"
 _Curve = Callable[[DetectionReport, Weights], tuple[Curves, Curves]]
 
@@ -43,9 +46,9 @@ def roc(*reports: DetectionReport) -> go.Figure:
         return weighted_roc(report.scores, report.labels, w)
 
     for report, name, colour in _each(reports):
-        entry = f"{name}: AUROC {interval_text(report.frame.iloc[0], 'auroc')}"
-        at = [np.inf, *np.unique(report.scores)[::-1]]
-        hover = "score ≥ %{customdata:.4f}: %{y:.3f} caught, %{x:.3f} flagged in error"
+        entry = _entry(name, f"AUROC {interval_text(report.frame.iloc[0], 'auroc')}")
+        at = ["nothing flagged", *(f"score ≥ {score:.4f}" for score in np.unique(report.scores)[::-1])]
+        hover = "%{customdata}: %{y:.3f} caught, %{x:.3f} flagged in error"
         _banded(figure, report, entry, colour, curve, _GRID, at, hover)
         place = report.estimate("fpr").value, report.estimate("tpr").value
         hover = f"threshold {report.threshold:.4f}: %{{y:.3f}} caught, %{{x:.3f}} flagged in error"
@@ -70,11 +73,9 @@ def precision_recall(*reports: DetectionReport) -> go.Figure:
         return weighted_precision_recall(report.scores, report.labels, w)
 
     for report, name, colour in _each(reports):
-        entry = f"{name}: AUPRC {interval_text(report.frame.iloc[0], 'auprc')}"
-        at, hover = (
-            np.unique(report.scores)[::-1],
-            "score ≥ %{customdata:.4f}: recall %{x:.3f}, precision %{y:.3f}",
-        )
+        entry = _entry(name, f"AUPRC {interval_text(report.frame.iloc[0], 'auprc')}")
+        at = [f"score ≥ {score:.4f}" for score in np.unique(report.scores)[::-1]]
+        hover = "%{customdata}: recall %{x:.3f}, precision %{y:.3f}"
         _banded(figure, report, entry, colour, curve, _GRID[1:], at, hover, steps=True)
         flagged = report.scores > report.threshold
         # Where nothing is flagged there is no precision, and no diamond.
@@ -109,7 +110,7 @@ def reliability(*reports: DetectionReport, n_bins: int = 10) -> go.Figure:
     _diagonal(figure)
     for report, name, colour in _each(reports):
         ece = interval_text(report.frame.iloc[0], "ece")
-        figure.add_trace(_bins(report, f"{name}: ECE {ece}", colour, n_bins))
+        figure.add_trace(_bins(report, _entry(name, f"ECE {ece}"), colour, n_bins))
     _controls(figure, reports, "prevalence")
     figure.update_xaxes(title_text="calibrated probability of danger", range=[-0.03, 1.03])
     figure.update_yaxes(title_text="share that is dangerous", range=[-0.03, 1.03])
@@ -134,13 +135,12 @@ def risk_coverage(*reports: DetectionReport) -> go.Figure:
         return weighted_risk_coverage(np.abs(report.scores - report.threshold), wrong, w)
 
     for report, name, colour in _each(reports):
-        at = np.unique(np.abs(report.scores - report.threshold))[::-1]
-        hover = (
-            "score at least %{customdata:.4f} from the threshold: %{x:.2f} decided, %{y:.3f} of them wrong"
-        )
+        distances = np.unique(np.abs(report.scores - report.threshold))[::-1]
+        at = [f"at least {distance:.4f} from the threshold" for distance in distances]
+        hover = "%{customdata}: %{x:.2f} decided, %{y:.3f} of them wrong"
         # Fewer than five prompts are no rate.
         grid = np.linspace(min(1.0, 5 / report.n), 1, len(_GRID))
-        _banded(figure, report, name, colour, curve, grid, at, hover, steps=True)
+        _banded(figure, report, wrapped(name, _ENTRY), colour, curve, grid, at, hover, steps=True)
         decided, right = report.estimate("decided").value, report.estimate("accuracy_decided").value
         hover = f"band {report.band:.4f}: %{{x:.3f}} decided, %{{y:.3f}} of them wrong"
         _diamond(figure, (decided, 1 - right), "as shipped", colour, hover, legend=report is reports[0])
@@ -174,6 +174,12 @@ def _each(reports: Sequence[DetectionReport]) -> Iterator[tuple[DetectionReport,
         yield report, ", ".join(_described(report)[i] for i in varied), colour
 
 
+def _entry(name: str, statistic: str) -> str:
+    """A legend entry, in two lines where it is long."""
+    whole = f"{name}: {statistic}"
+    return whole if len(whole) <= _ENTRY else f"{wrapped(name, _ENTRY)}:<br>{statistic}"
+
+
 def _described(report: DetectionReport) -> tuple[str, str, str]:
     return report.detector, f"{report.source} (n = {report.n})", report.model
 
@@ -190,7 +196,7 @@ def _banded(
     colour: str,
     curve: _Curve,
     grid: np.ndarray,
-    at: Sequence[float] | np.ndarray,
+    at: list[str],
     hover: str,
     *,
     steps: bool = False,
@@ -217,7 +223,7 @@ def _banded(
         customdata=np.asarray(at)[kept],
         mode="lines",
         line={"color": colour, "width": 2, "shape": "vh" if steps else "linear"},
-        name=wrapped(entry, 42),
+        name=entry,
         legendgroup=entry,
         hovertemplate=f"{hover}<extra></extra>",
     )
@@ -256,7 +262,7 @@ def _bins(report: DetectionReport, entry: str, colour: str, n_bins: int) -> go.S
         line={"color": colour, "width": 1.2},
         marker={"color": colour, "size": sizes, "opacity": 0.85, "line": {"color": "white", "width": 1}},
         customdata=counts,
-        name=wrapped(entry, 42),
+        name=entry,
         hovertemplate="probability %{x:.2f}: %{y:.2f} dangerous, n = %{customdata}<extra></extra>",
     )
 

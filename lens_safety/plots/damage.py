@@ -125,7 +125,8 @@ def consistency(result: Consistency, layer: int | None = None) -> go.Figure:
     """
     steered = list(dict.fromkeys(result.frame["layer"].tolist()))
     layer = steered[0] if layer is None else layer
-    one_of(layer, steered, "steered layer")
+    if layer not in steered:
+        raise OptionError(f"layer {layer} given, expected one that was steered: {steered}")
     frame = result.frame.loc[result.frame["layer"] == layer]
     once = frame.drop_duplicates("multiplier").sort_values("multiplier")
     figure = stacked(

@@ -26,6 +26,9 @@ from .style import (
     wrapped,
 )
 
+_FEW = 6
+"""The most columns whose names and numbers fit a narrow page lying flat and in full size."""
+
 _NAME = 19
 """Characters of a detector's name on one line."""
 
@@ -56,7 +59,7 @@ def score_distribution(report: DetectionReport) -> go.Figure:
     )
     figure.update_yaxes(
         tickvals=list(range(len(kinds))),
-        ticktext=[kind.replace("_", " ") for kind in kinds],
+        ticktext=[wrapped(kind.replace("_", " "), 14) for kind in kinds],
         autorange="reversed",
         showgrid=False,
     )
@@ -165,7 +168,9 @@ def confusion(report: DetectionReport) -> go.Figure:
             showarrow=False,
         )
     flagged = float((_verdicts(report) == "flagged").mean())
-    figure.add_vline(flagged, line={"color": INK, "dash": "dot", "width": 1.2})
+    for i in range(len(rows)):
+        ends = {"x0": flagged, "x1": flagged, "y0": i - 0.24, "y1": i + 0.24}
+        figure.add_shape(type="line", **ends, line={"color": INK, "dash": "dot", "width": 1.5})
     figure.update_layout(barmode="stack", margin_l=16, bargap=0)
     figure.update_xaxes(
         title_text="share of the prompts of a type and label", range=[0, 1.02], tickformat=".0%"
@@ -214,6 +219,7 @@ def shortcut_audit(*audits: ShortcutAudit) -> go.Figure:
 def transfer_matrix(result: TransferMatrix) -> go.Figure:
     """AUROC of each training set (down) on each test set (across); 0.5 is white, below it blue."""
     wide = result.matrix()
+    many = len(wide.columns) > _FEW
     # Without leave-one-out rows the column is of numpy's bools, which are never `is True`.
     inside = result.matrix("inside").eq(True).to_numpy()
     text = [
@@ -226,24 +232,32 @@ def transfer_matrix(result: TransferMatrix) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=wide.to_numpy(dtype=float),
-            x=[wrapped(name, 10) for name in wide.columns],
+            x=list(wide.columns),
             y=list(wide.index),
             text=text,
             texttemplate="%{text}",
+            textfont_size=9 if many else 12,
             colorscale=DIVERGING,
             zmid=0.5,
             zmin=0,
             zmax=1,
-            colorbar={"title": {"text": "AUROC"}, "thickness": 12},
+            showscale=False,
+            xgap=1,
+            ygap=1,
             hovertemplate="fitted on %{y}<br>tested on %{x}: AUROC %{z:.3f}<extra></extra>",
             hoverongaps=False,
         )
     )
-    figure.update_xaxes(title_text="tested on", showgrid=False, type="category")
-    figure.update_xaxes(tickfont_size=10, automargin=True)
+    sets, fitted = list(wide.columns), list(wide.index)
+    figure.update_xaxes(title_text="tested on", showgrid=False, type="category", automargin=True)
+    # Upright names fit columns of any width.
+    across = [name.replace("_", " ") if many else wrapped(name, 10) for name in sets]
+    figure.update_xaxes(tickvals=sets, ticktext=across, tickangle=-90 if many else 0, tickfont_size=10)
     figure.update_yaxes(title_text="fitted on", showgrid=False, autorange="reversed", type="category")
-    note = f"{result.model} · {result.method} · * cross-validated inside the set · white = chance"
-    return styled(figure, "What carries over", note, 190 + 34 * len(wide))
+    down = [wrapped(name.replace("_", " "), 12) for name in fitted]
+    figure.update_yaxes(tickvals=fitted, ticktext=down, tickfont_size=10)
+    note = f"{result.model} · {result.method} · AUROC · * cross-validated inside the set · white = chance"
+    return styled(figure, "What carries over", note, (260 if many else 190) + 34 * len(wide))
 
 
 def label_curve(*curves: LabelCurve, measure: str = "auroc") -> go.Figure:
@@ -279,9 +293,8 @@ def label_curve(*curves: LabelCurve, measure: str = "auroc") -> go.Figure:
     figure.update_xaxes(title_text="training labels (log scale)", type="log", tickvals=ticks, ticktext=ticks)
     figure.update_yaxes(title_text="AUROC" if measure == "auroc" else measure)
     note = f"{first.model} · fitted on {first.train}, tested on {first.test} (n = {first.n_test})"
-    return styled(
-        figure, "How many labels does it take?", f"{note} · band: lowest to highest seed", 420, above=36
-    )
+    note = f"{note} · band: lowest to highest seed · dotted: chance"
+    return legend_below(styled(figure, "How many labels does it take?", note, 400))
 
 
 def tone_cells(result: ToneContent) -> go.Figure:
@@ -302,6 +315,7 @@ def tone_cells(result: ToneContent) -> go.Figure:
     figure.update_yaxes(title_text="share flagged", range=[0, 1])
     order = [f"{label}, {tone}" for label in ("safe", "dangerous") for tone in ("polite", "rude")]
     figure.update_xaxes(categoryorder="array", categoryarray=order)
+    figure.update_xaxes(tickvals=order, ticktext=[name.replace(", ", ",<br>") for name in order])
     n = int(cells["n"].to_numpy().min())
     note = f"{result.model} · layer {result.layer} · {result.source}, n = {n} a bar · 95% intervals"
     return styled(figure, "Tone or danger?", note, 380, above=36)

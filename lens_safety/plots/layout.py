@@ -11,9 +11,7 @@ _NARROW = 300
 _AXIS_ROOM, _ENTRY = 58, 20
 
 
-def stacked(
-    titles: Sequence[str], heights: Sequence[int], *, gap: int = 70, shared: bool = False
-) -> go.Figure:
+def stacked(titles: Sequence[str], heights: Sequence[int], *, gap: int = 70) -> go.Figure:
     """Panels above each other, each with its title at its left; `heights` and the `gap` between in pixels."""
     room = sum(heights) + gap * (len(heights) - 1)
     figure = make_subplots(
@@ -21,7 +19,6 @@ def stacked(
         cols=1,
         row_heights=list(heights),
         vertical_spacing=gap / room,
-        shared_xaxes="all" if shared else False,
         subplot_titles=list(titles),
     )
     figure.update_annotations(x=0, xanchor="left", font_size=13)

@@ -52,8 +52,9 @@ def dose_response(sweep: SteeringSweep, layer: int | None = None, *, measure: st
             figure.add_hline(base, row=row, col=1, line={"color": CONTROL, "dash": "dash", "width": 1})  # type: ignore[arg-type]
         figure.update_yaxes(title_text=label, row=row, col=1)
     _mark_cliff(figure, sweep, layer)
-    title = f"multiplier of the vector ({sweep.operator}; + toward the class labelled True)"
+    title = f"multiplier of the vector ({sweep.operator})<br>+ is toward the class labelled True"
     figure.update_xaxes(title_text=title, row=len(measures), col=1)
+    figure.update_layout(margin_b=68)
     note = (
         f"{sweep.model} · layer {layer} · n = {sweep.n_prompts} prompts · means with 95% intervals · dashed: "
         "unsteered"
