@@ -140,7 +140,9 @@ def risk_coverage(*reports: DetectionReport) -> go.Figure:
         hover = "%{customdata}: %{x:.2f} decided, %{y:.3f} of them wrong"
         # Fewer than five prompts are no rate.
         grid = np.linspace(min(1.0, 5 / report.n), 1, len(_GRID))
-        _banded(figure, report, wrapped(name, _ENTRY), colour, curve, grid, at, hover, steps=True)
+        _banded(
+            figure, report, wrapped(name, _ENTRY) or "error rate", colour, curve, grid, at, hover, steps=True
+        )
         decided, right = report.estimate("decided").value, report.estimate("accuracy_decided").value
         hover = f"band {report.band:.4f}: %{{x:.3f}} decided, %{{y:.3f}} of them wrong"
         _diamond(figure, (decided, 1 - right), "as shipped", colour, hover, legend=report is reports[0])
@@ -167,8 +169,8 @@ def _require_both_classes(reports: Sequence[DetectionReport]) -> None:
 
 
 def _each(reports: Sequence[DetectionReport]) -> Iterator[tuple[DetectionReport, str, str]]:
-    """Each report with what sets it apart from the others, and its colour."""
-    varied = _varied(reports) or [0]
+    """Each report with what sets it apart from the others ("" where nothing does), and its colour."""
+    varied = _varied(reports)
     colours = cycle([DANGEROUS, SAFE, ACCENT, SECOND, INK])
     for report, colour in zip(reports, colours, strict=False):
         yield report, ", ".join(_described(report)[i] for i in varied), colour
@@ -176,7 +178,7 @@ def _each(reports: Sequence[DetectionReport]) -> Iterator[tuple[DetectionReport,
 
 def _entry(name: str, statistic: str) -> str:
     """A legend entry, in two lines where it is long."""
-    whole = f"{name}: {statistic}"
+    whole = f"{name}: {statistic}" if name else statistic
     return whole if len(whole) <= _ENTRY else f"{wrapped(name, _ENTRY)}:<br>{statistic}"
 
 
@@ -281,6 +283,6 @@ def _controls(figure: go.Figure, reports: Sequence[DetectionReport], name: str) 
 
 
 def _finished(figure: go.Figure, reports: Sequence[DetectionReport], title: str, note: str) -> go.Figure:
-    same = [i for i in (2, 0, 1) if i not in (_varied(reports) or [0])]
+    same = [i for i in (2, 0, 1) if i not in _varied(reports)]
     about = " · ".join(_described(reports[0])[i] for i in same)
     return legend_below(styled(figure, title, f"{about} · {note}" if about else note, 420))

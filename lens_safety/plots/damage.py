@@ -94,7 +94,7 @@ def operators(*sweeps: SteeringSweep, measure: str | None = None) -> go.Figure:
     for sweep in sweeps:
         if (points := _random_points(sweep, name, "kl")).x is not None and len(points.x):
             figure.add_trace(points.update(showlegend=not figure.data))
-    colours = cycle(COLOURS[:4] + COLOURS[5:])
+    colours = cycle([*COLOURS[:4], *COLOURS[5:], INK])
     several = len({(sweep.operator, layer) for sweep in sweeps for layer in sweep.layers}) > len(
         {sweep.operator for sweep in sweeps}
     )
