@@ -32,7 +32,8 @@ def legend_below(figure: go.Figure) -> go.Figure:
     lines = [name.split("<br>") for name in shown]
     widest = 42 + 6.8 * max((len(line) for name in lines for line in name), default=0)
     columns = max(1, int(_NARROW // widest))
-    rows = -(-len(shown) // columns) * max((len(name) for name in lines), default=0)
+    each = [len(name) for name in lines]
+    rows = sum(each) if columns == 1 else -(-len(each) // columns) * max(each)
     below = _ENTRY * rows + 8
     height = int(figure.layout.height) + below
     figure.update_layout(
