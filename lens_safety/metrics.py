@@ -238,7 +238,7 @@ def band_of_curves(x: Curves, y: Curves, at: Float[np.ndarray, " _"], *, steps: 
     Each curve's x rises. Between two of its points it is a straight line, or (`steps`) the later point's y.
     """
     if steps:
-        places = [np.searchsorted(own - 1e-9, at).clip(max=len(own) - 1) for own in x]
+        places = [np.searchsorted(own + 1e-9, at).clip(max=len(own) - 1) for own in x]
         read = np.array([own[place] for own, place in zip(y, places, strict=True)])
     else:
         read = np.array([np.interp(at, *own) for own in zip(x, y, strict=True)])

@@ -33,7 +33,7 @@ def legend_below(figure: go.Figure) -> go.Figure:
     widest = 42 + 6.8 * max((len(line) for name in lines for line in name), default=0)
     columns = max(1, int(_NARROW // widest))
     each = [len(name) for name in lines]
-    rows = sum(each) if columns == 1 else -(-len(each) // columns) * max(each)
+    rows = sum(each) if columns == 1 else -(-len(each) // columns) * max(each, default=0)
     below = _ENTRY * rows + 8
     height = int(figure.layout.height) + below
     figure.update_layout(
