@@ -285,4 +285,4 @@ def _controls(figure: go.Figure, reports: Sequence[DetectionReport], name: str) 
 def _finished(figure: go.Figure, reports: Sequence[DetectionReport], title: str, note: str) -> go.Figure:
     same = [i for i in (2, 0, 1) if i not in _varied(reports)]
     about = " · ".join(_described(reports[0])[i] for i in same)
-    return legend_below(styled(figure, title, f"{about} · {note}" if about else note, 420))
+    return legend_below(styled(figure, title, f"{about} · {note}" if about else note, 470))

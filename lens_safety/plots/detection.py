@@ -65,8 +65,9 @@ def score_distribution(report: DetectionReport) -> go.Figure:
     )
     figure.update_xaxes(title_text="score (higher = more dangerous)")
     figure.update_layout(legend={"y": 1.04})
-    title = f"Scores on {report.source}: AUROC {interval_text(report.frame.iloc[0], 'auroc')}"
-    return styled(figure, title, f"{report.detector} · {report.model}", 170 + 74 * len(kinds), above=44)
+    auroc = f"AUROC {interval_text(report.frame.iloc[0], 'auroc')}"
+    note = f"{report.detector} · {report.model} · {report.source}, n = {report.n} · {auroc}"
+    return styled(figure, "Scores by type", note, 170 + 74 * len(kinds), above=44)
 
 
 def comparison(result: DetectorComparison, *, measure: str = "accuracy") -> go.Figure:

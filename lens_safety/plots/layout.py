@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-_NARROW = 300
+_NARROW = 270
 """Pixels of a plot's width on a page of 390."""
 
-_AXIS_ROOM, _ENTRY = 58, 20
+_AXIS_ROOM, _ENTRY = 58, 24
 
 
 def stacked(titles: Sequence[str], heights: Sequence[int], *, gap: int = 70) -> go.Figure:
@@ -34,13 +34,15 @@ def legend_below(figure: go.Figure) -> go.Figure:
     columns = max(1, int(_NARROW // widest))
     each = [len(name) for name in lines]
     rows = sum(each) if columns == 1 else -(-len(each) // columns) * max(each, default=0)
-    below = _ENTRY * rows + 8
+    below = _ENTRY * rows + 20
     height = int(figure.layout.height) + below
     figure.update_layout(
         height=height,
         margin_b=_AXIS_ROOM + below,
+        showlegend=True,
         legend={
             "orientation": "h",
+            "traceorder": "normal",
             "yref": "container",
             "y": below / height,
             "yanchor": "top",
