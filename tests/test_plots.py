@@ -149,16 +149,6 @@ def test_prompt_slopes_shows_each_prompt_beside_the_random_slopes():
     np.testing.assert_allclose(band.error_y.array, [0.1])
 
 
-def test_operators_are_lines_of_effect_against_damage():
-    effects = linear().effects()
-    both = pd.concat([effects.assign(operator=name) for name in ("add", "rotate")])
-    figure: Any = plots.operators(both, "m")
-    assert [trace.name for trace in figure.data] == ["add", "add", "rotate", "rotate"]
-    assert [trace.showlegend for trace in figure.data] == [False, True, False, True]
-    np.testing.assert_allclose(figure.data[0].x, [0.2, 0.8])
-    np.testing.assert_allclose(figure.data[0].y, [-1.0, -2.0])
-
-
 def test_tone_and_content_shows_the_cosine_and_chance(study_parts):
     vectors = study_parts[1]
     figure: Any = plots.tone_and_content(ls.random_vectors(vectors), vectors)
