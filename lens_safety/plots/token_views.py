@@ -229,9 +229,9 @@ def _verdict(rows: pd.DataFrame) -> str:
     end = f"ends at {rows['running'].iloc[-1]:.3g}, {side}"
     changes = np.flatnonzero(np.diff(above.astype(int)))
     if not len(changes):
-        return f"{end} from its first token"
+        return f"{end}, from the first token on"
     turn = int(changes[-1]) + 1
-    return f"{end} from token {turn + 1} “{_visible(rows['token'].iloc[turn]).strip()}”"
+    return f"{end}, from token {turn + 1} on, “{_visible(rows['token'].iloc[turn]).strip()}”"
 
 
 def _as_text(prompt: dict[str, Any], readers: Sequence[str]) -> str:
