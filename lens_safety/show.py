@@ -5,6 +5,8 @@ from html import escape
 import numpy as np
 import pandas as pd
 
+from .intervals import interval_text
+
 ROWS = 12
 """The longest table that a result shows of itself."""
 
@@ -23,6 +25,27 @@ def card(what: str, frame: pd.DataFrame, step: str, *, note: str = "") -> str:
     table = table.replace("<td>", '<td style="text-align: left">')
     small = f"<p><small>{escape('; '.join(notes))}</small></p>" if notes else ""
     return f"<p>{escape(what)}</p>{table}{small}<p>Next: <code>{escape(step)}</code></p>"
+
+
+def pick(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """The columns that matter, an estimate and its interval (`_low`, `_high`) in one cell."""
+    shown = pd.DataFrame(index=frame.index)
+    for name in names:
+        shown[name] = _with_interval(frame, name) if f"{name}_low" in frame else frame[name]
+    return shown
+
+
+def _with_interval(frame: pd.DataFrame, name: str) -> pd.Series:
+    """Two digits, or three that count where the whole column is small."""
+    columns = [name, f"{name}_low", f"{name}_high"]
+    small = bool(frame[columns].abs().max(axis=None) < 0.1)
+    return frame.apply(lambda row: _small_interval(row, name) if small else interval_text(row, name), axis=1)
+
+
+def _small_interval(row: pd.Series, name: str) -> str:
+    if np.isnan(row[name]):
+        return "—"
+    return f"{_plain(row[name])} [{_plain(row[f'{name}_low'])}, {_plain(row[f'{name}_high'])}]"
 
 
 def _plain(value: float) -> str:

@@ -11,7 +11,15 @@ from .detection import (
 from .layers import layer_curve
 from .steering import dose_response, operators, prompt_slopes, steering_map
 from .style import fragment, plotly_js, save_html, save_image
-from .token_views import View, attention_view, circuits_js, save_views, token_view, token_views
+from .token_views import (
+    View,
+    attention_view,
+    circuits_js,
+    prompt_layers,
+    save_views,
+    token_view,
+    token_views,
+)
 from .vectors import tone_and_content, top_dimensions, vector
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "layer_curve",
     "operators",
     "plotly_js",
+    "prompt_layers",
     "prompt_slopes",
     "save_html",
     "save_image",

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from ..files import write_text
 from ..readings import DETECTOR, AttentionPatterns, TokenScores
 from ..types import OptionError
-from .style import ACCENT
+from .style import ACCENT, CONTROL, INK, signed, styled
 
 ENDS = ("#73B1D4", "#E28E4D")
 """Blue and vermilion of the house style, so pale that black text is readable on them."""
@@ -110,6 +111,31 @@ def attention_view(patterns: AttentionPatterns, layer: int, heads: Sequence[int]
         text,
         colour=ACCENT,
     )
+
+
+def prompt_layers(scores: TokenScores, prompt: int = 0, *, mark: int | None = None) -> go.Figure:
+    """One prompt's score at each layer that was read: -1 at the safe mean, 1 at the dangerous one.
+
+    `mark` outlines a layer.
+
+    Raises:
+        OptionError: scores that were taken without vectors, or a prompt that is not there.
+    """
+    names = [reader for reader in scores.readers if reader != DETECTOR]
+    if not names:
+        raise OptionError("scores of a detector alone given: expected token_scores(..., vectors=...)")
+    values = np.array([scores.of(prompt, name)["running"].iloc[-1] for name in names])
+    layers = [name.removeprefix("layer ") for name in names]
+    edges = [2 if layer == str(mark) else 0 for layer in layers]
+    bars = go.Bar(
+        x=layers, y=values, marker={"color": signed(values), "line": {"color": INK, "width": edges}}
+    )
+    figure = go.Figure(bars.update(hovertemplate="layer %{x}: %{y:.3f}<extra></extra>"))
+    figure.add_hline(0, line={"color": CONTROL, "width": 1})
+    figure.update_xaxes(title_text="layer (resid_post)", type="category")
+    figure.update_yaxes(title_text="score (−1 safe mean, 1 dangerous mean)")
+    note = f"{scores.model} · read at {scores.position} · orange: nearer the dangerous mean"
+    return styled(figure, "The prompt at each layer", note, 300)
 
 
 def circuits_js() -> str:
