@@ -1,6 +1,7 @@
 """How a result shows itself in a notebook: what it is, a small table, the call that comes next."""
 
 from html import escape
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,11 +39,12 @@ def pick(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
 def _with_interval(frame: pd.DataFrame, name: str) -> pd.Series:
     """Two digits, or three that count where the whole column is small."""
     columns = [name, f"{name}_low", f"{name}_high"]
-    small = bool(frame[columns].abs().max(axis=None) < 0.1)
-    return frame.apply(lambda row: _small_interval(row, name) if small else interval_text(row, name), axis=1)
+    small = bool(np.nanmax(np.abs(frame[columns].to_numpy(dtype=float)), initial=0.0) < 0.1)
+    text = _small_interval if small else interval_text
+    return pd.Series([text(row, name) for row in frame[columns].to_dict("records")], index=frame.index)
 
 
-def _small_interval(row: pd.Series, name: str) -> str:
+def _small_interval(row: Any, name: str) -> str:
     if np.isnan(row[name]):
         return "—"
     return f"{_plain(row[name])} [{_plain(row[f'{name}_low'])}, {_plain(row[f'{name}_high'])}]"

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -147,6 +148,20 @@ def test_attention_holds_the_chosen_heads_of_the_layer():
     assert "head 0: “ I” (2) looks most at “ do” (1), weight 0.70" in view.text
     assert "Attention at layer 2" in view.html
     assert "2 of 3 heads" in view.html
+
+
+def test_a_prompts_layers_are_bars_of_its_last_running_score_with_one_outlined():
+    figure = ls.plots.prompt_layers(scores_of(PLAIN), mark=1)
+    (bars,) = figure.data
+    assert list(bars.x) == ["0", "1"]
+    np.testing.assert_allclose(bars.y, [0.22, 0.24])
+    assert list(bars.marker.line.width) == [0, 2]
+    assert figure.layout.xaxis.title.text == "layer (resid_post)"
+    assert "class means" in figure.layout.yaxis.title.text
+    assert list(ls.plots.prompt_layers(scores_of(PLAIN)).data[0].marker.line.width) == [0, 0]
+    alone = scores_of(PLAIN)
+    frame = alone.frame.loc[alone.frame["reader"] == "detector"]
+    refused("detector alone", lambda: ls.plots.prompt_layers(replace(alone, frame=frame)))
 
 
 def test_a_page_holds_circuitsvis_once_and_names_no_other_host(tmp_path):

@@ -133,8 +133,8 @@ def prompt_layers(scores: TokenScores, prompt: int = 0, *, mark: int | None = No
     figure = go.Figure(bars.update(hovertemplate="layer %{x}: %{y:.3f}<extra></extra>"))
     figure.add_hline(0, line={"color": CONTROL, "width": 1})
     figure.update_xaxes(title_text="layer (resid_post)", type="category")
-    figure.update_yaxes(title_text="score (−1 safe mean, 1 dangerous mean)")
-    note = f"{scores.model} · read at {scores.position} · orange: nearer the dangerous mean"
+    figure.update_yaxes(title_text="score (±1: class means)")
+    note = f"{scores.model} · read at {scores.position} · −1 at the safe mean, 1 at the dangerous mean"
     return styled(figure, "The prompt at each layer", note, 300)
 
 
