@@ -41,7 +41,7 @@ def _with_interval(frame: pd.DataFrame, name: str) -> pd.Series:
     columns = [name, f"{name}_low", f"{name}_high"]
     small = bool(np.nanmax(np.abs(frame[columns].to_numpy(dtype=float)), initial=0.0) < 0.1)
     text = _small_interval if small else interval_text
-    return pd.Series([text(row, name) for row in frame[columns].to_dict("records")], index=frame.index)
+    return pd.Series([text(row, name) for _, row in frame[columns].iterrows()], index=frame.index)
 
 
 def _small_interval(row: Any, name: str) -> str:

@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -151,14 +152,15 @@ def test_attention_holds_the_chosen_heads_of_the_layer():
 
 
 def test_a_prompts_layers_are_bars_of_its_last_running_score_with_one_outlined():
-    figure = ls.plots.prompt_layers(scores_of(PLAIN), mark=1)
+    figure: Any = ls.plots.prompt_layers(scores_of(PLAIN), mark=1)
+    unmarked: Any = ls.plots.prompt_layers(scores_of(PLAIN))
     (bars,) = figure.data
     assert list(bars.x) == ["0", "1"]
     np.testing.assert_allclose(bars.y, [0.22, 0.24])
     assert list(bars.marker.line.width) == [0, 2]
     assert figure.layout.xaxis.title.text == "layer (resid_post)"
     assert "class means" in figure.layout.yaxis.title.text
-    assert list(ls.plots.prompt_layers(scores_of(PLAIN)).data[0].marker.line.width) == [0, 0]
+    assert list(unmarked.data[0].marker.line.width) == [0, 0]
     alone = scores_of(PLAIN)
     frame = alone.frame.loc[alone.frame["reader"] == "detector"]
     refused("detector alone", lambda: ls.plots.prompt_layers(replace(alone, frame=frame)))
