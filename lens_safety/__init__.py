@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         report_scores,
     )
     from .exchange import from_dict, read_gguf, to_dict, write_gguf
+    from .explore import explore
     from .models import ModelFingerprint, fingerprint, load_model
     from .plans import Dose, ExponentialDecay, LinearDecay, SteeringPlan
     from .prompts import Prompt, PromptSet, load_prompts
@@ -112,6 +113,7 @@ _ROOMS = {
         "report_scores",
     ),
     "exchange": ("from_dict", "read_gguf", "to_dict", "write_gguf"),
+    "explore": ("explore",),
     "models": ("ModelFingerprint", "fingerprint", "load_model"),
     "prompts": ("Prompt", "PromptSet", "load_prompts"),
     "public_sets": ("public_sets",),
@@ -187,6 +189,7 @@ __all__ = [
     "continuation_nll",
     "control_reports",
     "evaluate",
+    "explore",
     "fingerprint",
     "from_dict",
     "generate",
@@ -230,7 +233,7 @@ __all__ = [
 
 
 class _Door(ModuleType):
-    """`evaluate`, `report`, `study` and `sweep` name a room and its function: the door shows the function."""
+    """`evaluate`, `explore`, `report`, `study`, `sweep` name a room and a function: the door shows this."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ("operators", "plots"):

@@ -21,6 +21,7 @@ from .metrics import auroc, weighted_auroc
 from .prompts import PromptSet
 from .residuals import ResidualCache
 from .scorers import Method
+from .show import card, pick
 from .types import EMBED, Labels, MismatchError, OptionError, PromptError, ResidualModel
 
 Rewording = Callable[[str, np.random.Generator], str]
@@ -53,8 +54,12 @@ class ShortcutAudit(Result):
     seed: int
 
     def _repr_html_(self) -> str:
-        title = f"{self.detector} on {self.source} (n = {self.n}). Plot: ls.plots.shortcut_audit(audit)"
-        return f"<p>{title}</p>{self.frame.round(3).to_html(index=False)}"
+        return card(
+            f"How much of {self.detector} is style: {self.source}, {self.n} prompts, {self.model}",
+            pick(self.frame, "kind", "name", "auroc", "gap", "rank_correlation", "tpr", "fpr"),
+            "ls.plots.shortcut_audit(audit)",
+            note="gap: the detector's AUROC less this row's",
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,12 @@ class TransferMatrix(Result):
         return wide.reindex(index=names[0], columns=names[1])
 
     def _repr_html_(self) -> str:
-        return f"{self.matrix().round(2).to_html()}<p>Plot: ls.plots.transfer_matrix(result)</p>"
+        return card(
+            f"Trained on one set, tested on another: {self.method}, {self.model}",
+            pick(self.frame, "train", "test", "inside", "auroc", "accuracy", "n_train", "n_test"),
+            "ls.plots.transfer_matrix(matrix)",
+            note="inside: cross-validated in the training set itself",
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,13 @@ class LabelCurve(Result):
         return pd.DataFrame(rows)
 
     def _repr_html_(self) -> str:
-        return f"{self.summary().round(3).to_html(index=False)}<p>Plot: ls.plots.label_curve(result)</p>"
+        return card(
+            f"{self.method} fitted on more and more labels of {self.train}, {self.model}, tested on "
+            f"{self.n_test} prompts of {self.test}",
+            pick(self.summary(), "labels", "seeds", "auroc", "accuracy"),
+            "ls.plots.label_curve(curve)",
+            note="mean, and the lowest and highest seed",
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +146,13 @@ class ToneContent(Result):
     seed: int
 
     def _repr_html_(self) -> str:
-        return self.cells.round(3).to_html(index=False)
+        names = ("score", "flagged")
+        return card(
+            f"Tone and content at layer {self.layer}: {self.source}, {self.model}",
+            pick(self.cells, "tone", "label", "n", *names, *(f"{name}_without_tone" for name in names)),
+            "ls.plots.tone_cells(tone)",
+            note="without tone: after the tone direction is projected out",
+        )
 
 
 def shortcut_audit(

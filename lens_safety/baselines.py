@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from .detect import Detector
 from .directions import content_vectors, random_vectors
@@ -12,6 +13,7 @@ from .metrics import auroc, best_threshold
 from .prompts import PromptSet
 from .residuals import ResidualCache
 from .scorers import Method
+from .show import card
 from .types import EMBED, Scores, one_of
 
 Wording = Literal["tfidf", "naive-bayes", "length"]
@@ -56,6 +58,14 @@ class TextBaseline:
             threshold=best_threshold(held_out, labels),
             auroc_cv=auroc(held_out, labels),
             source=train.name,
+        )
+
+    def _repr_html_(self) -> str:
+        return card(
+            f"Baseline: {WORDINGS[self.kind]}, fitted on {self.source}",
+            pd.DataFrame({"threshold": [self.threshold], "auroc_cv": [self.auroc_cv]}),
+            "baseline.report(prompts)",
+            note="it sees the text and no language model; cv: cross-validated inside the training set",
         )
 
     def score(self, prompts: PromptSet) -> Scores:

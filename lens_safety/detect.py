@@ -23,6 +23,7 @@ from .models import ModelFingerprint, fingerprint
 from .prompts import PromptSet
 from .residuals import ResidualCache, residual_streams
 from .scorers import COSINE, LINEAR, METHODS, STRENGTHS, Method, Parameters, apply_scorer, fit_scorer
+from .show import card, pick
 from .types import (
     Labels,
     MismatchError,
@@ -299,7 +300,14 @@ class Detector:
         return pd.DataFrame([{**{name: getattr(self, name) for name in shown}, "model": self.model.name}])
 
     def _repr_html_(self) -> str:
-        return f"{self.to_frame().T.to_html(header=False)}<p>Next: ls.evaluate(detector, cache)</p>"
+        shown = ("threshold", "band", "calibration", "position", "template", "auroc_cv", "accuracy_cv")
+        return card(
+            f"Detector: {self.name} of {self.model.name}, fitted on {self.source} ({self.n_safe} safe, "
+            f"{self.n_dangerous} dangerous)",
+            pick(self.to_frame(), *shown),
+            "ls.evaluate(detector, cache)",
+            note="cv: cross-validated inside the training set, so flattering; score > threshold is dangerous",
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write safetensors with a JSON header (no pickle); whole or not at all."""

@@ -16,6 +16,7 @@ from .files import building_from, load_tensors, save_tensors
 from .models import ModelFingerprint
 from .prompts import PromptSet, load_prompts
 from .residuals import ResidualCache, residual_streams
+from .show import card
 from .types import Labels, MismatchError, PromptError, ResidualModel
 
 _KIND = "ContentVectors"
@@ -139,10 +140,14 @@ class ContentVectors:
         )
 
     def _repr_html_(self) -> str:
-        title = (
-            f"{self.method} vectors of {self.model.name}: {self.n_safe} safe, {self.n_dangerous} dangerous"
+        frame = self.to_frame().sort_values("relative_magnitude", ascending=False, kind="stable")
+        return card(
+            f"{self.method} vectors of {self.model.name}: {self.source} ({self.n_safe} safe, "
+            f"{self.n_dangerous} dangerous), read at {self.position}",
+            frame,
+            f"ls.plots.vector(vectors, layer={frame['layer'].iloc[0]})",
+            note="largest first; relative magnitude: over the median residual norm of the layer",
         )
-        return f"<p>{title}</p>{self.to_frame().round(4).to_html(index=False)}"
 
     def save(self, path: str | Path) -> Path:
         """Write safetensors with a JSON header; whole or not at all."""

@@ -13,6 +13,7 @@ from .files import Result
 from .models import fingerprint, full_logits, last_norm, resid_hook, unembedding
 from .prompts import Prompt, PromptSet
 from .residuals import residual_streams
+from .show import card
 from .steer import steering
 from .tokens import encode, pad
 from .types import EMBED, ResidualModel
@@ -42,7 +43,13 @@ class Checkup(Result):
         return bool(self.frame["passed"].all())
 
     def _repr_html_(self) -> str:
-        return self.frame.to_html(index=False)
+        return card(
+            f"{self.model} on {self.engine}, TransformerLens {self.transformer_lens}, {self.dtype}: "
+            f"{int(self.frame['passed'].sum())} of {len(self.frame)} checks passed",
+            self.frame,
+            'ls.residual_streams(model, ls.load_prompts("content"))',
+            note="measured must not exceed limit",
+        )
 
 
 def checkup(model: ResidualModel) -> Checkup:

@@ -29,6 +29,7 @@ from .metrics import (
 from .prompts import PromptSet
 from .residuals import ResidualCache
 from .scorers import Method
+from .show import card, pick
 from .types import Labels, MismatchError, OptionError, PromptError, Scores
 
 OVERALL = "all"
@@ -98,11 +99,13 @@ class DetectionReport(Result):
         return Estimate.from_columns(self.frame.iloc[0], name, self.n)
 
     def _repr_html_(self) -> str:
-        title = (
-            f"{self.detector} on {self.source} (n = {self.n}, {self.model}), threshold "
-            f"{self.threshold:.4g}. Plot: ls.plots.score_distribution(report)"
+        return card(
+            f"{self.detector} on {self.source}: {self.n} prompts, {self.model}, "
+            f"threshold {self.threshold:.4g}",
+            pick(self.frame, "by", "type", "n_safe", "n_dangerous", "accuracy", "auroc", "tpr", "fpr"),
+            "ls.plots.score_distribution(report)",
+            note="tpr: dangerous prompts caught; fpr: safe prompts flagged",
         )
-        return f"<p>{title}</p>{self.frame.round(3).to_html(index=False)}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,11 @@ class DetectorComparison(Result):
         return self.frame.loc[self.frame["by"] == OVERALL].reset_index(drop=True)
 
     def _repr_html_(self) -> str:
-        return f"{self.overall.round(3).to_html(index=False)}<p>Plot: ls.plots.comparison(result)</p>"
+        return card(
+            f"Detectors on the same held-out prompts, {self.model}",
+            pick(self.overall, "set", "detector", "accuracy", "auroc", "tpr", "fpr"),
+            "ls.plots.comparison(comparison)",
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,13 @@ class PairedTests(Result):
     frame: pd.DataFrame
 
     def _repr_html_(self) -> str:
-        return self.frame.round(4).to_html(index=False)
+        shown = ("set", "n", "first", "second", "accuracy_difference", "mcnemar_holm")
+        return card(
+            f"{len(self.frame)} pairs of detectors on the same prompts, first less second",
+            pick(self.frame, *shown, "auroc_difference", "delong_holm"),
+            "tests.to_frame()",
+            note="p-values adjusted for all pairs of the table (Holm)",
+        )
 
 
 def choose_detector(

@@ -16,6 +16,7 @@ from .decoding import PAD, Pass, current_pass, is_own_pass, rows_apart
 from .directions import ContentVectors
 from .models import ModelFingerprint, check_layers, fingerprint, resid_hook, site_hook
 from .operators import Add, Directions, Operator, named_operator, operator_name
+from .show import card
 from .types import Hook, MismatchError, OptionError, ResidualModel, Scores, one_of
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -146,7 +147,11 @@ class SteeringPlan:
         return self.to_frame().round(4).to_string(index=False)
 
     def _repr_html_(self) -> str:
-        return f"{self.to_frame().round(4).to_html(index=False)}<p>Next: with plan.on(model): ...</p>"
+        return card(
+            f"Plan: steer {self.model.name} at {len(self.writes)} layers",
+            self.to_frame(),
+            "with plan.on(model): ls.generate(model, prompts)",
+        )
 
     @contextmanager
     def on(self, model: ResidualModel) -> "Iterator[SteeringPlan]":

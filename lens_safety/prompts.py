@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from .files import write_text
 from .public_sets import DATA_VARIABLE, PUBLIC_SETS, PublicSet, cached_path, digest_of, fetch
+from .show import card, pick
 from .types import Labels, PromptError
 
 BUILT_IN = (
@@ -125,6 +126,21 @@ class PromptSet:
 
     def to_frame(self) -> pd.DataFrame:
         return pd.DataFrame([asdict(prompt) for prompt in self.prompts])
+
+    def _repr_html_(self) -> str:
+        named = {True: "dangerous", False: "safe", None: "no label"}
+        frame = self.to_frame().assign(label=[named[prompt.label] for prompt in self.prompts])
+        counts = ", ".join(f"{n} {label}" for label, n in frame["label"].value_counts().items())
+        told = [
+            name
+            for name in ("kind", "category", "language", "source")
+            if len({getattr(prompt, name) for prompt in self.prompts}) > 1
+        ]
+        return card(
+            f"{self.name}: {len(self)} prompts ({counts})",
+            pick(frame, "text", "label", *told),
+            "ls.residual_streams(model, prompts)",
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write JSON Lines, one prompt a line."""

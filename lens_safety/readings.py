@@ -18,7 +18,7 @@ from .files import Result
 from .models import check_layers, fingerprint, pattern_hook, resid_hook, run_blocks
 from .prompts import PromptSet, as_prompts
 from .residuals import ResidualCache
-from .show import card
+from .show import card, pick
 from .types import EMBED, Hook, OptionError, ResidualModel
 
 DETECTOR = "detector"
@@ -66,7 +66,13 @@ class TokenScores(Result):
 
     def _repr_html_(self) -> str:
         what = f"Token scores of {len(self.prompts)} prompts, {self.model}, read at {self.position}"
-        return card(what, self.frame, "scores.of(0, scores.readers[0])")
+        shown = ("prompt", "token", "reader", "score", "running", "cut")
+        return card(
+            what,
+            pick(self.frame.loc[self.frame["content"]], *shown),
+            "ls.plots.token_views(scores, reader=None)",
+            note="score: of the token alone; running: of the prompt up to it; above the cut is dangerous",
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class AttentionPatterns:
         return card(
             f"Attention of {n_heads} heads a layer, {n} tokens, {self.model}",
             pd.DataFrame({"layer": self.layers, "head": head.tolist(), "weight": weight.tolist()}),
-            "patterns.pattern[0]",
+            f"ls.plots.attention_view(patterns, layer={self.layers[0]})",
             note="each layer's head with the largest weight on a token other than the first",
         )
 

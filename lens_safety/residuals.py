@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +18,7 @@ from .files import building_from, load_tensors, save_tensors
 from .models import ModelFingerprint, check_layers, device_of, fingerprint, resid_hook, run_blocks
 from .progress import track
 from .prompts import Prompt, PromptSet, as_prompts
+from .show import card
 from .types import EMBED, FileError, Hook, MismatchError, ResidualModel
 
 BATCH_TOKENS = 2048
@@ -64,6 +66,17 @@ class ResidualCache:
             resid=self.resid[:, chosen],
             embed=self.embed[chosen],
             prompts=self.prompts[chosen.numpy()],
+        )
+
+    def _repr_html_(self) -> str:
+        norms = self.resid.norm(dim=-1)
+        frame = pd.DataFrame({"layer": self.layers, "median_norm": norms.median(dim=1).values.tolist()})
+        return card(
+            f"Residual streams of {self.model.name}: {len(self)} prompts of {self.prompts.name}, "
+            f"{len(self.layers)} layers x {self.resid.shape[-1]} dimensions, {self.hook} read at "
+            f"{self.position} ({self.template} template)",
+            frame,
+            "ls.layer_table(cache)" if self.prompts.is_labelled else "detector.score(cache)",
         )
 
     def save(self, path: str | Path) -> Path:

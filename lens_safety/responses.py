@@ -12,6 +12,7 @@ from .detect import Detector
 from .files import Result
 from .intervals import UNDEFINED, Estimate, bootstrap, group_weights, proportion
 from .metrics import sign_flip_p
+from .show import card, pick
 from .types import MismatchError, OptionError, one_of
 
 CONTENT, UNSTEERED, ASKED, RANDOM = "content", "unsteered", "asked", "random"
@@ -341,8 +342,14 @@ class SteeringSweep(Result):
         return np.nan
 
     def _repr_html_(self) -> str:
-        title = f"{self.model}, layers {self.layers}, {self.operator}. Plot: ls.plots.dose_response(sweep)"
-        return f"<p>{title}</p>{self.effects().round(3).to_html(index=False)}"
+        names = ("layer", "multiplier", "dose", "change", "band_low", "band_high", "nll_change", "kl")
+        return card(
+            f"Steering {self.model}: {self.operator}, layers {', '.join(map(str, self.layers))}, "
+            f"{self.n_prompts} prompts, change of {self.measure.replace('_', ' ')}",
+            pick(self.effects(), *names),
+            "ls.plots.dose_response(sweep)",
+            note="band: lowest and highest change by a random direction; kl and nll in nats",
+        )
 
 
 @dataclass(frozen=True)
@@ -362,7 +369,13 @@ class Consistency(Result):
     model: str
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.detector}, judged by {self.judge}</p>{self.frame.round(3).to_html(index=False)}"
+        names = ("layer", "multiplier", "read_layer", "projection_change", "left", "silent", "washed_out")
+        return card(
+            f"Does {self.detector} see steering? {self.model}, judged by {self.judge}",
+            pick(self.frame, *names),
+            "consistency.to_frame()",
+            note="silent: dangerous texts whose steered stream the detector calls safe",
+        )
 
 
 def consistency(

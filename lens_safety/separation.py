@@ -13,6 +13,7 @@ from .files import Result
 from .intervals import group_weights
 from .metrics import auroc_by_layer, cohens_d, weighted_auroc
 from .residuals import ResidualCache
+from .show import card, pick
 from .types import EMBED, Labels, OptionError
 
 
@@ -45,11 +46,14 @@ class LayerTable(Result):
         return int(blocks["layer"].to_numpy()[blocks["auroc"].to_numpy().argmax()])
 
     def _repr_html_(self) -> str:
-        title = (
-            f"{self.model}, {self.source} ({self.n_safe} safe, {self.n_dangerous} dangerous), "
-            f"{self.position}; best layer {self.best_layer}. Plot: ls.plots.layer_curve(table)"
+        names = ("name", "auroc", "auroc_shuffled", "cohens_d", "separation", "relative_magnitude")
+        return card(
+            f"Layers of {self.model}: {self.source} ({self.n_safe} safe, {self.n_dangerous} dangerous), "
+            f"read at {self.position}; best layer {self.best_layer}",
+            pick(self.frame.sort_values("auroc", ascending=False, kind="stable"), *names),
+            "ls.plots.layer_curve(table)",
+            note="highest AUROC first; auroc_shuffled: what shuffled labels reach in 97.5% of draws",
         )
-        return f"<p>{title}</p>{self.frame.round(3).to_html(index=False)}"
 
 
 def layer_table(

@@ -1,9 +1,12 @@
 """How a result shows itself in a notebook: what it is, a small table, the call that comes next."""
 
 from html import escape
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from .intervals import interval_text
 
 ROWS = 12
 """The longest table that a result shows of itself."""
@@ -23,6 +26,28 @@ def card(what: str, frame: pd.DataFrame, step: str, *, note: str = "") -> str:
     table = table.replace("<td>", '<td style="text-align: left">')
     small = f"<p><small>{escape('; '.join(notes))}</small></p>" if notes else ""
     return f"<p>{escape(what)}</p>{table}{small}<p>Next: <code>{escape(step)}</code></p>"
+
+
+def pick(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """The columns that matter, an estimate and its interval (`_low`, `_high`) in one cell."""
+    shown = pd.DataFrame(index=frame.index)
+    for name in names:
+        shown[name] = _with_interval(frame, name) if f"{name}_low" in frame else frame[name]
+    return shown
+
+
+def _with_interval(frame: pd.DataFrame, name: str) -> pd.Series:
+    """Two digits, or three that count where the whole column is small."""
+    columns = [name, f"{name}_low", f"{name}_high"]
+    small = bool(np.nanmax(np.abs(frame[columns].to_numpy(dtype=float)), initial=0.0) < 0.1)
+    text = _small_interval if small else interval_text
+    return pd.Series([text(row, name) for _, row in frame[columns].iterrows()], index=frame.index)
+
+
+def _small_interval(row: Any, name: str) -> str:
+    if np.isnan(row[name]):
+        return "—"
+    return f"{_plain(row[name])} [{_plain(row[f'{name}_low'])}, {_plain(row[f'{name}_high'])}]"
 
 
 def _plain(value: float) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .residuals import ResidualCache, residual_streams
 from .responses import SteeringSweep
 from .scorers import Method
 from .separation import LayerTable, layer_table
+from .show import card, pick
 from .sweep import sweep
 from .types import PromptError, ResidualModel
 
@@ -47,7 +48,13 @@ class Study:
         return self.comparison.to_frame()
 
     def _repr_html_(self) -> str:
-        return self.comparison._repr_html_()
+        return card(
+            f"Study of {self.detector.model.name}: {self.detector.name}, fitted on {self.detector.source}; "
+            f"best layer {self.table.best_layer}",
+            pick(self.comparison.overall, "set", "detector", "accuracy", "auroc", "tpr", "fpr"),
+            'study.save("study")',
+            note="also in it: " + ", ".join(f.name for f in fields(self) if f.name != "comparison"),
+        )
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """Write everything into a folder, each file whole or not at all; the paths by file name."""

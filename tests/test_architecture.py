@@ -28,8 +28,9 @@ LEVELS = {
 BESIDE = {
     "decoding": {"kv_cache"},
     "metrics": {"files", "progress", "intervals"},
-    "prompts": {"files", "progress", "public_sets"},
+    "prompts": {"files", "progress", "public_sets", "show"},
     "public_sets": {"files"},
+    "show": {"intervals"},
     "wheels": {"files"},
     "detect": {"scorers"},
     "steer": {"plans"},

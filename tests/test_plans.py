@@ -112,9 +112,9 @@ def test_a_plan_prints_its_table_before_anything_runs_and_changes_nothing_until_
     base = streams(tiny)
     plan = ls.steering_plan(tiny, vectors_of(tiny), layers=[1], multiplier=3.0, operator="clamp:2")
     for text in (str(plan), plan._repr_html_()):
-        for part in ("blocks.1.hook_resid_post", "clamp:2", "h + m (2 - h . u) u", "3.0", "all"):
+        for part in ("blocks.1.hook_resid_post", "clamp:2", "h + m (2 - h . u) u", "3", "all"):
             assert part in text
-    assert plan._repr_html_().endswith("<p>Next: with plan.on(model): ...</p>")
+    assert "with plan.on(model): ls.generate(model, prompts)" in plan._repr_html_()
     assert same(streams(tiny), base)
     assert plan.fired == {}
     with plan.on(tiny):

@@ -121,7 +121,7 @@ def test_token_scores_are_saved_and_shown(tiny, tmp_path):
     loaded = ls.TokenScores.load(scores.save(tmp_path / "scores.json"))
     pd.testing.assert_frame_equal(loaded.frame, scores.frame)
     assert loaded.prompts == ("a <b>kite</b>",)
-    assert "scores.of(0, scores.readers[0])" in scores._repr_html_()
+    assert "ls.plots.token_views(scores, reader=None)" in scores._repr_html_()
     assert len(scores.of(0, scores.readers[0])) == len(scores.frame) / N_LAYERS
     assert "<b>kite" not in scores._repr_html_()
 
@@ -167,7 +167,7 @@ def test_attention_rows_are_causal_and_sum_to_one(any_tiny):
     assert patterns.tokens[-1] == "🪁"
     alone = ls.attention_patterns(any_tiny, "make a kite 🪁", layers=[0], template="raw")
     assert torch.equal(alone.pattern[0], pattern[1])
-    assert "patterns.pattern[0]" in patterns._repr_html_()
+    assert "ls.plots.attention_view(patterns, layer=2)" in patterns._repr_html_()
 
 
 def test_attention_is_the_same_on_both_engines(tiny, tiny_folders, tiny_models):

@@ -15,9 +15,13 @@ from .detection import (
 from .layers import layer_curve
 from .steering import dose_response, prompt_slopes, steering_map
 from .style import fragment, plotly_js, save_html, save_image
+from .token_views import View, attention_view, circuits_js, prompt_layers, save_views, token_view, token_views
 from .vectors import tone_and_content, top_dimensions, vector
 
 __all__ = [
+    "View",
+    "attention_view",
+    "circuits_js",
     "comparison",
     "confusion",
     "consistency",
@@ -30,15 +34,19 @@ __all__ = [
     "operators",
     "plotly_js",
     "precision_recall",
+    "prompt_layers",
     "prompt_slopes",
     "reliability",
     "risk_coverage",
     "roc",
     "save_html",
     "save_image",
+    "save_views",
     "score_distribution",
     "shortcut_audit",
     "steering_map",
+    "token_view",
+    "token_views",
     "tone_and_content",
     "tone_cells",
     "top_dimensions",
