@@ -27,12 +27,13 @@ METHODS: tuple[tuple[Method, Over], ...] = (("two-vector", "best"), ("lda", "mea
 
 def main() -> None:
     session = Session.start(__file__, __doc__)
-    rows = []
+    rows, reports = [], []
     for train_name, tests in TESTS.items():
         template = "raw" if train_name.startswith("persona_vector") else "auto"
         train = session.read(train_name, template=template)
         caches = [session.read(name, template=template) for name in tests]
         words = ls.TextBaseline.fit(train.prompts, seed=session.seed)
+        reports += [(f"TF-IDF, fitted on {train_name}", words.report(cache.prompts)) for cache in caches]
         for method, over in METHODS:
             layers = session.spread if over == "mean" else None
             detector = ls.Detector.fit(train, method=method, over=over, layers=layers, seed=session.seed)
@@ -40,6 +41,7 @@ def main() -> None:
             depth = detector.layer / (train.model.n_layers - 1) if over == "best" else float("nan")
             for cache in caches:
                 report = ls.evaluate(detector, cache)
+                reports.append((f"{method}, {over}, fitted on {train_name}", report))
                 row = about | {"test": cache.prompts.name, "n": report.n, "relative_depth": depth}
                 for name in ("accuracy", "auroc", "tpr", "fpr"):
                     row |= report.estimate(name).columns(name)
@@ -49,6 +51,9 @@ def main() -> None:
     others = [pd.read_csv(other) for other in sorted(path.parent.glob("06_across_models.*.csv"))]
     wide = pd.concat(others).pivot(index=["train", "test", "method"], columns="model", values="auroc")
     print(wide.round(3).to_string())
+    ls.compare(reports).save(session.path("", "json"))
+    saved = sorted(path.parent.glob("06_across_models.*.json"))
+    session.save_figure(ls.plots.models_side_by_side(*map(ls.DetectorComparison.load, saved)))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
     openings = session.prompts("openings")
     held_out = openings[len(openings) // 2 :][:24]
     judge = SentimentIntensityAnalyzer()
-    tables = []
+    tables, sweeps = [], []
     for operator in OPERATORS:
         solved = {}
         for target in (*(-t for t in TARGETS), *TARGETS):
@@ -69,9 +69,10 @@ def main() -> None:
         ]
         table.insert(0, "operator", operator)
         tables.append(table)
+        sweeps.append(swept)
     result = pd.concat(tables, ignore_index=True)
     session.show(result, f"Sentiment at equal KL, layer {layer}, {len(held_out)} openings", "", SHOWN)
-    session.save_figure(ls.plots.operators(result, session.model_name))
+    session.save_figure(ls.plots.operators(*sweeps))
 
 
 def at_kl(

@@ -15,6 +15,8 @@ from .types import Labels, OptionError, Scores, one_of
 
 Weights = Float[np.ndarray, "resample prompt"]
 Draws = Float[np.ndarray, " resample"]
+Curves = Float[np.ndarray, "resample value"]
+Band = tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]
 Criterion = Literal["accuracy", "youden", "f1"]
 
 MIN_NEGATIVES = 300
@@ -153,9 +155,8 @@ def weighted_auprc(scores: Scores, labels: Labels, w: Weights) -> Draws:
     Its chance level is the prevalence, the share of dangerous rows: never read it without.
     """
     dangerous, safe = _by_value(scores, labels, w)
-    true, flagged = dangerous.cumsum(axis=1), (dangerous + safe).cumsum(axis=1)
+    precision = _share_above(dangerous, safe)
     with np.errstate(invalid="ignore"):
-        precision = np.where(flagged > 0, true / np.where(flagged > 0, flagged, 1), 0)
         return np.asarray((dangerous * precision).sum(axis=1) / dangerous.sum(axis=1))
 
 
@@ -189,12 +190,61 @@ def weighted_ece(probabilities: Scores, labels: Labels, w: Weights, *, n_bins: i
     """
     if np.isnan(probabilities).any():
         return np.full(len(w), np.nan)
-    place = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
     gap = np.zeros(len(w))
-    for chosen in range(n_bins):
-        rows = place == chosen
+    for rows in probability_bins(probabilities, n_bins=n_bins):
         gap += np.abs(w[:, rows] @ (labels[rows] - probabilities[rows]))
     return np.asarray(gap / w.sum(axis=1))
+
+
+def probability_bins(probabilities: Scores, *, n_bins: int = 10) -> list[Bool[np.ndarray, " prompt"]]:
+    """Which rows lie in each of the bins of equal width that are not empty, lowest probabilities first."""
+    place = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
+    return [place == chosen for chosen in range(n_bins) if (place == chosen).any()]
+
+
+def weighted_roc(scores: Scores, labels: Labels, w: Weights) -> tuple[Curves, Curves]:
+    """(false positive rate, true positive rate) at each threshold, from the highest down; (0, 0) first.
+
+    The area under the straight lines between them is `weighted_auroc`.
+    """
+    dangerous, safe = _by_value(scores, labels, w)
+    return _rising(safe), _rising(dangerous)
+
+
+def weighted_precision_recall(scores: Scores, labels: Labels, w: Weights) -> tuple[Curves, Curves]:
+    """(recall, precision) at each threshold, from the highest down.
+
+    A step curve, whose precision holds from the recall before it to its own: the area is `weighted_auprc`.
+    """
+    dangerous, safe = _by_value(scores, labels, w)
+    return _rising(dangerous)[:, 1:], _share_above(dangerous, safe)
+
+
+def weighted_risk_coverage(
+    margins: Scores, wrong: Bool[np.ndarray, " prompt"], w: Weights
+) -> tuple[Curves, Curves]:
+    """(coverage, risk): the share of rows decided, and the share of these that is `wrong`.
+
+    Rows are decided from the largest margin (distance from the threshold) down, equal ones together
+    (Geifman & El-Yaniv 1705.08500).
+    """
+    errors, right = _by_value(margins, wrong, w)
+    return _rising(errors + right)[:, 1:], _share_above(errors, right)
+
+
+def band_of_curves(x: Curves, y: Curves, at: Float[np.ndarray, " _"], *, steps: bool = False) -> Band:
+    """The middle 95% of resampled curves at given places: (low, high).
+
+    Each curve's x rises. Between two of its points it is a straight line, or (`steps`) the later point's y.
+    """
+    if steps:
+        places = [np.searchsorted(own - 1e-9, at).clip(max=len(own) - 1) for own in x]
+        read = np.array([own[place] for own, place in zip(y, places, strict=True)])
+    else:
+        read = np.array([np.interp(at, *own) for own in zip(x, y, strict=True)])
+    known = read[np.isfinite(read).all(axis=1)]
+    low, high = np.percentile(known, [2.5, 97.5], axis=0) if len(known) else np.full((2, len(at)), np.nan)
+    return low, high
 
 
 def mcnemar(first_right: Bool[np.ndarray, " prompt"], second_right: Bool[np.ndarray, " prompt"]) -> float:
@@ -294,6 +344,19 @@ def _by_value(scores: Scores, labels: Labels, w: Weights) -> tuple[np.ndarray, n
     counted = w[:, order]
     dangerous, safe = (np.add.reduceat(counted * of[order], starts, axis=1) for of in (labels, ~labels))
     return dangerous, safe
+
+
+def _rising(weights: np.ndarray) -> np.ndarray:
+    """The running share of each row's sum, from 0 to 1; NaN where the sum is 0."""
+    total = weights.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return np.pad(weights.cumsum(axis=1) / total, ((0, 0), (1, 0)))
+
+
+def _share_above(chosen: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The share of `chosen` in all that came until then; 0 where nothing has."""
+    among, all_of_them = chosen.cumsum(axis=1), (chosen + others).cumsum(axis=1)
+    return np.where(all_of_them > 0, among / np.where(all_of_them > 0, all_of_them, 1), 0)
 
 
 def _placements(scores: Scores, labels: Labels) -> tuple[np.ndarray, np.ndarray]:

@@ -1,27 +1,39 @@
 """One result in, one plotly figure out, in one house style. Nothing is shown; the figure is returned."""
 
+from .curves import precision_recall, reliability, risk_coverage, roc
+from .damage import consistency, damage_frontier, operators
 from .detection import (
     comparison,
+    confusion,
     label_curve,
+    models_side_by_side,
     score_distribution,
     shortcut_audit,
     tone_cells,
     transfer_matrix,
 )
 from .layers import layer_curve
-from .steering import dose_response, operators, prompt_slopes, steering_map
+from .steering import dose_response, prompt_slopes, steering_map
 from .style import fragment, plotly_js, save_html, save_image, themed
 from .vectors import tone_and_content, top_dimensions, vector
 
 __all__ = [
     "comparison",
+    "confusion",
+    "consistency",
+    "damage_frontier",
     "dose_response",
     "fragment",
     "label_curve",
     "layer_curve",
+    "models_side_by_side",
     "operators",
     "plotly_js",
+    "precision_recall",
     "prompt_slopes",
+    "reliability",
+    "risk_coverage",
+    "roc",
     "save_html",
     "save_image",
     "score_distribution",

@@ -3,14 +3,33 @@
 from itertools import cycle
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from ..audit import LabelCurve, ShortcutAudit, ToneContent, TransferMatrix
 from ..evaluate import DetectionReport, DetectorComparison
-from ..intervals import interval_text
+from ..intervals import interval_text, proportion
 from ..types import OptionError
-from .style import ACCENT, CONTROL, DANGEROUS, DIVERGING, INK, SAFE, SECOND, error_bar, pale, styled, wrapped
+from .layout import legend_below, stacked
+from .style import (
+    ACCENT,
+    COLOURS,
+    CONTROL,
+    DANGEROUS,
+    DIVERGING,
+    INK,
+    SAFE,
+    SECOND,
+    error_bar,
+    pale,
+    styled,
+    wrapped,
+)
+
+_NAME = 19
+"""Characters of a detector's name on one line."""
+
+_OUTCOMES = {"flagged": DANGEROUS, "unsure": "#C3C7CE", "passed": SAFE}
 
 
 def score_distribution(report: DetectionReport) -> go.Figure:
@@ -52,11 +71,8 @@ def comparison(result: DetectorComparison, *, measure: str = "accuracy") -> go.F
     frame = result.overall
     sets = list(dict.fromkeys(frame["set"]))
     detectors = list(dict.fromkeys(frame["detector"]))[::-1]
-    figure = make_subplots(
-        rows=1, cols=len(sets), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=sets
-    )
-    figure.update_annotations(font_size=13)
-    for column, name in enumerate(sets, start=1):
+    figure = stacked(sets, [_tall(detectors)] * len(sets))
+    for row, name in enumerate(sets, start=1):
         tested = frame.loc[frame["set"] == name]
         part = tested.set_index("detector").reindex(detectors)
         figure.add_scatter(
@@ -66,21 +82,98 @@ def comparison(result: DetectorComparison, *, measure: str = "accuracy") -> go.F
             marker={"size": 10, "color": [_detector_colour(d) for d in detectors]},
             error_x=error_bar(part, measure) | {"color": CONTROL, "thickness": 1.5},
             hovertemplate="%{y}: %{x:.3f}<extra></extra>",
-            row=1,
-            col=column,
+            row=row,
+            col=1,
         )
-        chance = 0.5 if measure == "auroc" else float(tested["majority"].iloc[0])
-        figure.add_vline(chance, row=1, col=column, line={"color": CONTROL, "dash": "dot"})  # type: ignore[arg-type]
-        figure.update_xaxes(
-            title_text=f"{measure} (n = {int(tested[['n_safe', 'n_dangerous']].iloc[0].sum())})",
-            range=[0, 1],
-            row=1,
-            col=column,
-        )
+        _tested_on(figure, row, tested, measure)
+    figure.update_yaxes(tickvals=detectors, ticktext=[wrapped(d, _NAME) for d in detectors])
     figure.update_layout(showlegend=False)
-    dotted = "chance" if measure == "auroc" else "always the commoner class"
-    note = f"{result.model} · 95% intervals · dotted: {dotted}"
-    return styled(figure, "Tone against content vectors", note, 160 + 46 * len(detectors), above=30)
+    note = f"{result.model} · 95% intervals · dotted: {_chance_name(measure)}"
+    return styled(figure, "Tone against content vectors", note, figure.layout.height, above=30)
+
+
+def models_side_by_side(*results: DetectorComparison, measure: str = "auroc") -> go.Figure:
+    """The same named detectors on the same sets in several models: a panel a set, a colour a model.
+
+    Each result is one model's `compare([(name, report), ...])`; a name that stands in all of them, such as
+    "lda, fitted on content", is put side by side.
+
+    Raises:
+        OptionError: no comparisons, or a measure that reports do not have.
+    """
+    if not results:
+        raise OptionError("no comparisons given: expected one for each model, as compare() gives")
+    frame = pd.concat([one.overall.assign(model=one.model) for one in results], ignore_index=True)
+    if f"{measure}_low" not in frame:
+        known = [c.removesuffix("_low") for c in frame if c.endswith("_low")]
+        raise OptionError(f"unknown measure {measure!r}: expected one of {', '.join(known)}")
+    sets, models = (list(dict.fromkeys(frame[of])) for of in ("set", "model"))
+    named = {name: list(dict.fromkeys(frame.loc[frame["set"] == name, "detector"])) for name in sets}
+    each = 16 * len(models) + 12
+    figure = stacked(sets, [max(_tall(names), each * len(names) + 16) for names in named.values()])
+    for row, (name, detectors) in enumerate(named.items(), start=1):
+        tested = frame.loc[frame["set"] == name]
+        for number, model in enumerate(models):
+            part = tested.loc[tested["model"] == model]
+            # Around the detector's place, so that intervals do not hide each other.
+            offset = 0.64 * ((number + 0.5) / len(models) - 0.5)
+            places = [detectors.index(detector) + offset for detector in part["detector"]]
+            trace = _model_dots(part, measure, model, COLOURS[number % len(COLOURS)], places)
+            figure.add_trace(trace.update(showlegend=row == 1), row=row, col=1)
+        _tested_on(figure, row, tested, measure)
+        figure.update_yaxes(
+            tickvals=list(range(len(detectors))),
+            ticktext=[wrapped(d, _NAME) for d in detectors],
+            range=[len(detectors) - 0.5, -0.5],
+            showgrid=False,
+            row=row,
+            col=1,
+        )
+    note = f"{' · '.join(models)} · 95% intervals · dotted: {_chance_name(measure)}"
+    return legend_below(styled(figure, "Side by side in each model", note, figure.layout.height, above=30))
+
+
+def confusion(report: DetectionReport) -> go.Figure:
+    """What becomes of the safe and of the dangerous prompts of each type: flagged, unsure or passed.
+
+    A bar a type and label, over it the counts; the error bar is Wilson's 95% interval of the share flagged.
+    Dotted is the share flagged of all prompts: where bars would end if type and label did not matter.
+    """
+    rows = _outcomes(report)
+    figure = go.Figure()
+    for outcome, colour in _OUTCOMES.items():
+        shares = [counts[outcome] / sum(counts.values()) for _, _, counts in rows]
+        figure.add_bar(
+            x=shares,
+            y=list(range(len(rows))),
+            width=0.42,
+            orientation="h",
+            name=outcome,
+            marker={"color": colour, "line": {"color": "white", "width": 1}},
+            error_x=_flagged_interval(rows) if outcome == "flagged" else None,
+            customdata=[f"{kind}, {label}: {row[outcome]} {outcome}" for kind, label, row in rows],
+            hovertemplate="%{customdata} (%{x:.0%})<extra></extra>",
+        )
+    for i, (kind, label, counts) in enumerate(rows):
+        figure.add_annotation(
+            x=0,
+            y=i - 0.24,
+            text=_caption(kind, label, counts),
+            font_size=11,
+            xanchor="left",
+            yanchor="bottom",
+            showarrow=False,
+        )
+    flagged = float((_verdicts(report) == "flagged").mean())
+    figure.add_vline(flagged, line={"color": INK, "dash": "dot", "width": 1.2})
+    figure.update_layout(barmode="stack", margin_l=16, bargap=0)
+    figure.update_xaxes(
+        title_text="share of the prompts of a type and label", range=[0, 1.02], tickformat=".0%"
+    )
+    figure.update_yaxes(visible=False, range=[len(rows) - 0.7, -0.62])
+    note = f"{report.detector} · {report.model} · {report.source}, n = {report.n} · 95% intervals"
+    note += f" · dotted: flagged of all ({flagged:.0%})"
+    return legend_below(styled(figure, "What becomes of each type", note, 130 + 46 * len(rows)))
 
 
 def shortcut_audit(*audits: ShortcutAudit) -> go.Figure:
@@ -92,15 +185,8 @@ def shortcut_audit(*audits: ShortcutAudit) -> go.Figure:
         raise OptionError("no audits given: expected at least one")
     names = audits[0].frame["name"].tolist()[::-1]
     kinds = {"detector": DANGEROUS, "baseline": CONTROL, "rewording": SAFE}
-    figure = make_subplots(
-        rows=1,
-        cols=len(audits),
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        subplot_titles=[wrapped(audit.source) for audit in audits],
-    )
-    figure.update_annotations(font_size=13)
-    for column, audit in enumerate(audits, start=1):
+    figure = stacked([audit.source for audit in audits], [_tall(names)] * len(audits))
+    for row, audit in enumerate(audits, start=1):
         for kind, colour in kinds.items():
             part = audit.frame.loc[audit.frame["kind"] == kind]
             figure.add_scatter(
@@ -108,21 +194,21 @@ def shortcut_audit(*audits: ShortcutAudit) -> go.Figure:
                 y=part["name"],
                 mode="markers",
                 name={"detector": "the detector", "rewording": "the detector, text changed"}.get(kind, kind),
-                showlegend=column == 1,
+                showlegend=row == 1,
                 marker={"size": 10, "color": colour},
                 error_x=error_bar(part, "auroc") | {"color": colour, "thickness": 1.5},
                 hovertemplate="%{y}: AUROC %{x:.3f}<extra></extra>",
-                row=1,
-                col=column,
+                row=row,
+                col=1,
             )
-        figure.add_vline(0.5, row=1, col=column, line={"color": CONTROL, "dash": "dot"})  # type: ignore[arg-type]
-        figure.update_xaxes(title_text=f"AUROC (n = {audit.n})", row=1, col=column)
+        figure.add_vline(0.5, row=row, col=1, line={"color": CONTROL, "dash": "dot"})  # type: ignore[arg-type]
+        figure.update_xaxes(title_text=f"AUROC (n = {audit.n})", row=row, col=1)
     lowest = min(0.2, *(audit.frame["auroc_low"].to_numpy().min() - 0.02 for audit in audits))
     figure.update_xaxes(range=[lowest, 1.05], tickvals=[0, 0.25, 0.5, 0.75, 1])
     figure.update_yaxes(categoryorder="array", categoryarray=names)
-    figure.update_layout(legend={"y": -0.24, "yanchor": "top", "x": 0.5, "xanchor": "center"}, margin_b=90)
+    figure.update_yaxes(tickvals=names, ticktext=[wrapped(name, _NAME) for name in names])
     note = f"{audits[0].detector} · {audits[0].model} · 95% intervals · dotted: chance"
-    return styled(figure, "How much is style?", note, 240 + 32 * len(names), above=50)
+    return legend_below(styled(figure, "How much is style?", note, figure.layout.height, above=30))
 
 
 def transfer_matrix(result: TransferMatrix) -> go.Figure:
@@ -226,3 +312,72 @@ def _detector_colour(name: str) -> str:
         if name.startswith(word):
             return colour
     return CONTROL
+
+
+def _tall(names: list[str]) -> int:
+    """Pixels of a panel with these names down its side."""
+    return 20 + len(names) * (14 + 14 * max(wrapped(name, _NAME).count("<br>") + 1 for name in names))
+
+
+def _chance_name(measure: str) -> str:
+    return {"auroc": "chance", "auprc": "prevalence"}.get(measure, "always the commoner class")
+
+
+def _tested_on(figure: go.Figure, row: int, tested: pd.DataFrame, measure: str) -> None:
+    """A panel's chance line, range, and n."""
+    first = tested.iloc[0]
+    place = 0.5 if measure == "auroc" else float(first["prevalence" if measure == "auprc" else "majority"])
+    figure.add_vline(place, row=row, col=1, line={"color": CONTROL, "dash": "dot"})  # type: ignore[arg-type]
+    text = {"auroc": "AUROC", "auprc": "AUPRC"}.get(measure, measure)
+    n = int(first[["n_safe", "n_dangerous"]].sum())
+    figure.update_xaxes(title_text=f"{text} (n = {n})", range=[0, 1.02], row=row, col=1)
+
+
+def _model_dots(part: pd.DataFrame, measure: str, model: str, colour: str, places: list[float]) -> go.Scatter:
+    return go.Scatter(
+        x=part[measure],
+        y=places,
+        mode="markers",
+        name=model,
+        legendgroup=model,
+        marker={"size": 9, "color": colour},
+        error_x=error_bar(part, measure) | {"color": colour, "thickness": 1.4, "width": 3},
+        customdata=part["detector"],
+        hovertemplate=f"{model}, %{{customdata}}: %{{x:.3f}}<extra></extra>",
+    )
+
+
+def _verdicts(report: DetectionReport) -> np.ndarray:
+    decided = np.abs(report.scores - report.threshold) > report.band if report.band else True
+    return np.where(decided, np.where(report.scores > report.threshold, "flagged", "passed"), "unsure")
+
+
+def _outcomes(report: DetectionReport) -> list[tuple[str, str, dict[str, int]]]:
+    """(type, label, prompts by outcome) for each type and label that has prompts."""
+    verdicts, kinds = _verdicts(report), np.array(report.kinds)
+    rows = []
+    for kind in dict.fromkeys(report.kinds):
+        for label, name in ((False, "safe"), (True, "dangerous")):
+            of = (kinds == kind) & (report.labels == label)
+            if of.any():
+                counts = {outcome: int((verdicts[of] == outcome).sum()) for outcome in _OUTCOMES}
+                rows.append((kind.replace("_", " "), name, counts))
+    return rows
+
+
+def _flagged_interval(rows: list[tuple[str, str, dict[str, int]]]) -> dict[str, object]:
+    shares = [proportion(counts["flagged"], sum(counts.values())) for _, _, counts in rows]
+    return {
+        "type": "data",
+        "array": [share.high - share.value for share in shares],
+        "arrayminus": [share.value - share.low for share in shares],
+        "color": INK,
+        "thickness": 1.2,
+        "width": 4,
+    }
+
+
+def _caption(kind: str, label: str, counts: dict[str, int]) -> str:
+    n = sum(counts.values())
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+    return f"<b>{kind}, {label}</b>: {told} of {n}"

@@ -1,16 +1,14 @@
 """Steering: dose and response, maps, operators, prompts."""
 
-from itertools import cycle
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..responses import CONTENT, RANDOM, SteeringSweep
+from .layout import stacked
 from .style import (
     ACCENT,
-    COLOURS,
     CONTROL,
     DANGEROUS,
     DIVERGING,
@@ -67,15 +65,17 @@ def steering_map(sweep: SteeringSweep, *, measure: str | None = None) -> go.Figu
     """Layer x multiplier: the mean change of a measure above, the damage below; white is no change."""
     name = measure or sweep.measure
     effects = sweep.effects(name)
-    damage = "nll_change" if bool(np.isnan(effects["kl"].to_numpy()).all()) else "kl"
-    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.16)
-    panels = (
-        (f"change of {_plain_name(name)}", "change"),
-        (f"damage: {damage.replace('_', ' ')} (nats)", damage),
-    )
-    for column, (title, value) in enumerate(panels, start=1):
+    by_text = bool(np.isnan(effects["kl"].to_numpy()).all())
+    panels = {
+        "change": f"change of {plain_name(name)}",
+        "nll_change" if by_text else "kl": f"damage: {'rise of the NLL' if by_text else 'KL'} (nats)",
+    }
+    tall = max(120, 24 * len(sweep.layers))
+    figure = stacked(list(panels.values()), [tall, tall], gap=86)
+    for row, value in enumerate(panels, start=1):
         wide = effects.pivot(index="layer", columns="multiplier", values=value)
         most = float(np.nanmax(np.abs(wide.to_numpy()))) or 1.0
+        middle = sum(figure.layout[f"yaxis{row if row > 1 else ''}"].domain) / 2
         figure.add_heatmap(
             z=wide.to_numpy(),
             x=[f"{m:g}" for m in wide.columns],
@@ -83,43 +83,19 @@ def steering_map(sweep: SteeringSweep, *, measure: str | None = None) -> go.Figu
             colorscale=DIVERGING,
             zmin=-most,
             zmax=most,
-            colorbar={"x": 0.43 if column == 1 else 1.01, "thickness": 10, "len": 0.9},
+            xgap=1,
+            ygap=1,
+            colorbar={"y": middle, "thickness": 10, "len": tall + 20, "lenmode": "pixels", "nticks": 5},
             hovertemplate="layer %{y}, multiplier %{x}: %{z:.3f}<extra></extra>",
-            row=1,
-            col=column,
+            row=row,
+            col=1,
         )
-        figure.update_xaxes(title_text=f"multiplier<br>{title}", type="category", row=1, col=column)
-    figure.update_yaxes(title_text="layer", type="category", row=1, col=1)
-    note = f"{sweep.model} · n = {sweep.n_prompts} prompts · means · white: no change"
-    height = 200 + max(160, 22 * len(sweep.layers))
-    return styled(figure, "Where and how hard to steer", note, height)
-
-
-def operators(effects: pd.DataFrame, model: str) -> go.Figure:
-    """The effect of each operator against the damage, a line an operator and side.
-
-    `effects`: rows of `SteeringSweep.effects` with a column `operator`.
-    """
-    figure = go.Figure()
-    for colour, (name, rows) in zip(cycle(COLOURS), effects.groupby("operator", sort=False), strict=False):
-        for side in (-1, 1):
-            part = rows.loc[np.sign(rows["multiplier"]) == side].sort_values("kl")
-            figure.add_scatter(
-                x=part["kl"],
-                y=part["change"],
-                mode="lines+markers",
-                name=str(name),
-                legendgroup=str(name),
-                showlegend=side == (1 if float(rows["multiplier"].to_numpy().max()) > 0 else -1),
-                line={"color": colour},
-                error_y=error_bar(part, "change") | {"thickness": 1},
-                hovertemplate=f"{name}: KL %{{x:.2f}}, change %{{y:.2f}}<extra></extra>",
-            )
-    figure.add_hline(0, line={"color": INK, "dash": "dot", "width": 1})
-    figure.update_xaxes(title_text="damage: KL on neutral prompts (nats)", type="log")
-    figure.update_yaxes(title_text="change of the behaviour")
-    note = f"{model} · n = {int(effects['n'].iloc[0])} prompts · means with 95% intervals · equal KL, solved"
-    return styled(figure, "Operators at equal damage", note, 440, above=40)
+        figure.update_xaxes(title_text="multiplier of the vector", type="category", row=row, col=1)
+        figure.update_yaxes(title_text="layer", type="category", row=row, col=1)
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False)
+    note = f"{sweep.model} · {sweep.operator} · n = {sweep.n_prompts} prompts · means · white: no change"
+    return styled(figure, "Where and how hard to steer", note, figure.layout.height, above=30)
 
 
 def prompt_slopes(sweep: SteeringSweep, *, measure: str | None = None) -> go.Figure:
@@ -150,9 +126,14 @@ def prompt_slopes(sweep: SteeringSweep, *, measure: str | None = None) -> go.Fig
     )
     figure.add_hline(0, line={"color": INK, "dash": "dot", "width": 1})
     figure.update_xaxes(title_text="layer steered", type="category")
-    figure.update_yaxes(title_text=f"slope of {_plain_name(name)}<br>a multiplier")
+    figure.update_yaxes(title_text=f"slope of {plain_name(name)}<br>a multiplier")
     note = f"{sweep.model} · a dot a prompt, n = {sweep.n_prompts} · below the dotted line: anti-steerable"
     return styled(figure, "Does every prompt follow?", note, 420, above=30)
+
+
+def plain_name(measure: str) -> str:
+    """A measure in words, on one line."""
+    return _MEASURE_NAMES.get(measure, measure).replace("<br>", " ")
 
 
 def _dose_curve(summary: pd.DataFrame, direction: str, name: str, *, legend: bool) -> go.Scatter:
@@ -202,7 +183,3 @@ def _mark_cliff(figure: go.Figure, sweep: SteeringSweep, layer: int) -> None:
         figure.add_annotation(
             x=one["multiplier"], y=1, yref="y domain", text="cliff", font_size=11, showarrow=False, yshift=9
         )
-
-
-def _plain_name(measure: str) -> str:
-    return _MEASURE_NAMES.get(measure, measure).replace("<br>", " ")

@@ -1,0 +1,53 @@
+"""Room on the page: panels above each other and legends below, so that a figure is readable at 390 pixels."""
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+_NARROW = 300
+"""Pixels of a plot's width on a page of 390."""
+
+_AXIS_ROOM, _ENTRY = 58, 20
+
+
+def stacked(
+    titles: Sequence[str], heights: Sequence[int], *, gap: int = 70, shared: bool = False
+) -> go.Figure:
+    """Panels above each other, each with its title at its left; `heights` and the `gap` between in pixels."""
+    room = sum(heights) + gap * (len(heights) - 1)
+    figure = make_subplots(
+        rows=len(heights),
+        cols=1,
+        row_heights=list(heights),
+        vertical_spacing=gap / room,
+        shared_xaxes="all" if shared else False,
+        subplot_titles=list(titles),
+    )
+    figure.update_annotations(x=0, xanchor="left", font_size=13)
+    figure.update_layout(height=room + 160)
+    return figure
+
+
+def legend_below(figure: go.Figure) -> go.Figure:
+    """The figure with its legend under the axis, and as much room there as a narrow page needs."""
+    shown = [trace.name for trace in figure.data if trace.showlegend is not False and trace.name]
+    lines = [name.split("<br>") for name in shown]
+    widest = 42 + 6.8 * max((len(line) for name in lines for line in name), default=0)
+    columns = max(1, int(_NARROW // widest))
+    rows = -(-len(shown) // columns) * max((len(name) for name in lines), default=0)
+    below = _ENTRY * rows + 8
+    height = int(figure.layout.height) + below
+    figure.update_layout(
+        height=height,
+        margin_b=_AXIS_ROOM + below,
+        legend={
+            "orientation": "h",
+            "yref": "container",
+            "y": below / height,
+            "yanchor": "top",
+            "x": 0,
+            "xanchor": "left",
+        },
+    )
+    return figure
