@@ -8,19 +8,26 @@ from .detection import (
     tone_cells,
     transfer_matrix,
 )
-from .layers import layer_curve
+from .layers import layer_curve, layers_side_by_side
+from .maps import cosine_map, depth_map, dimension_map
+from .projections import projection
 from .steering import dose_response, operators, prompt_slopes, steering_map
 from .style import fragment, plotly_js, save_html, save_image, themed
 from .vectors import tone_and_content, top_dimensions, vector
 
 __all__ = [
     "comparison",
+    "cosine_map",
+    "depth_map",
+    "dimension_map",
     "dose_response",
     "fragment",
     "label_curve",
     "layer_curve",
+    "layers_side_by_side",
     "operators",
     "plotly_js",
+    "projection",
     "prompt_slopes",
     "save_html",
     "save_image",
