@@ -66,7 +66,8 @@ def study_findings(
 def sweep_findings(sweep: SteeringSweep, effects: pd.DataFrame) -> list[Finding]:
     """Where and how hard (for several layers), dose and response, damage, effects, texts."""
     several = [_map(sweep, effects)] if len(sweep.layers) > 1 else []
-    return [*several, _curves(sweep), _damage(sweep, effects), _effects(effects), _TEXTS]
+    texts = [_TEXTS] if sweep.max_new_tokens else []
+    return [*several, _curves(sweep), _damage(sweep, effects), _effects(effects), *texts]
 
 
 def measure_name(sweep: SteeringSweep) -> str:
@@ -76,14 +77,17 @@ def measure_name(sweep: SteeringSweep) -> str:
 
 
 def shown(row: Any, name: str, *, signed: bool = True) -> tuple[str, str]:
-    """An estimate's columns as (value, interval), to the digits that the interval leaves meaning to."""
+    """An estimate's columns as (value, interval).
+
+    Rates have two digits; signed changes those that the width of their interval leaves meaning to.
+    """
     value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
     if np.isnan(value):
         return "—", ""
     width = high - low
-    digits = min(5, max(2, 1 - int(np.floor(np.log10(width))))) if width > 0 else 2
-    value, low, high = (minus(f"{one:{'+' if signed else ''}.{digits}f}") for one in (value, low, high))
-    return value, f"[{low}, {high}]"
+    digits = min(5, max(2, 1 - int(np.floor(np.log10(width))))) if signed and width > 0 else 2
+    texts = [minus(f"{one:{'+' if signed else ''}.{digits}f}") for one in (value, low, high)]
+    return texts[0], f"[{texts[1]}, {texts[2]}]"
 
 
 def number_text(value: float, digits: str = ".2g") -> str:

@@ -96,7 +96,9 @@ def sweep_report(path: str | Path, sweep: SteeringSweep) -> Path:
     figures = {f"layer-{layer}": plots.dose_response(sweep, layer) for layer in sweep.layers}
     if len(sweep.layers) > 1:
         figures["map"] = plots.steering_map(sweep)
-    figures["damage"] = plots.damage_frontier(sweep)
+    columns = {"kl": "kl", "nll": "nll_change"}
+    if paid := [name for name, column in columns.items() if effects[column].notna().any()]:
+        figures["damage"] = plots.damage_frontier(sweep, damage=paid[0])
     return _write(
         path,
         "sweep.html",

@@ -14,6 +14,10 @@ from .detection import (
 )
 from .layers import layer_curve
 from .steering import dose_response, prompt_slopes, steering_map
+from .layers import layer_curve, layers_side_by_side
+from .maps import cosine_map, depth_map, dimension_map
+from .projections import projection
+from .steering import dose_response, operators, prompt_slopes, steering_map
 from .style import fragment, plotly_js, save_html, save_image, themed
 from .vectors import tone_and_content, top_dimensions, vector
 
@@ -22,6 +26,9 @@ __all__ = [
     "confusion",
     "consistency",
     "damage_frontier",
+    "cosine_map",
+    "depth_map",
+    "dimension_map",
     "dose_response",
     "fragment",
     "label_curve",
@@ -30,6 +37,8 @@ __all__ = [
     "operators",
     "plotly_js",
     "precision_recall",
+    "layers_side_by_side",
+    "projection",
     "prompt_slopes",
     "reliability",
     "risk_coverage",

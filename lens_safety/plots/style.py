@@ -5,6 +5,7 @@ palette). On dark paper the same hues are lighter.
 """
 
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from textwrap import wrap
@@ -17,7 +18,7 @@ import plotly.io as pio
 
 from ..directions import ContentVectors
 from ..files import atomic_path, write_text
-from ..types import OptionError, one_of
+from ..types import EMBED, OptionError, one_of
 
 SAFE, DANGEROUS, CONTROL, ACCENT, SECOND = "#0072B2", "#D55E00", "#8A8F98", "#009E73", "#CC79A7"
 SIXTH = "#E69F00"
@@ -212,6 +213,47 @@ def heading(title: str, note: str) -> str:
     style = f"font-size:12px;color:{SOFT}"
     small = (f"<br><span style='{style}'>{escape(line, quote=False)}</span>" for line in _note_lines(note))
     return bold + "".join(small)
+
+
+SLIDER = 96
+"""The height in pixels that a slider of layers adds to a figure."""
+
+
+def layer_slider(
+    figure: go.Figure, layers: Sequence[int], steps: list[tuple[dict, dict]], start: int
+) -> None:
+    """A slider over layers; step i changes the traces (a list an attribute) and the layout as given."""
+    made = [
+        {"label": layer_name(layer), "method": "update", "args": list(step)}
+        for layer, step in zip(layers, steps, strict=True)
+    ]
+    slider = {
+        "active": start,
+        "steps": made,
+        "currentvalue": {"prefix": "layer ", "font": {"size": 13}},
+        "pad": {"t": 58, "b": 4},
+        "transition": {"duration": 0},
+    }
+    figure.update_layout(sliders=[slider])
+
+
+def chosen_layers(layer: int | Sequence[int] | None, known: Sequence[int]) -> list[int]:
+    """The layers to show: one, several, or all that are known."""
+    if layer is None:
+        return list(known)
+    return [layer] if isinstance(layer, int) else list(layer)
+
+
+def layer_name(layer: int) -> str:
+    return "embed" if layer == EMBED else str(layer)
+
+
+def rounded(values: Any, digits: int = 4) -> list:
+    """A list of the values with so many digits that the largest keeps `digits`: small in a page."""
+    array = np.asarray(values, dtype=float)
+    most = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
+    places = digits - 1 - int(np.floor(np.log10(most))) if most else 0
+    return np.round(array, places).tolist()
 
 
 def line(
