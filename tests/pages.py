@@ -41,7 +41,7 @@ def study_parts(*, tests: int = 2) -> dict[str, Any]:
 
 
 def swept(layers: tuple[int, ...] = (1, 2), prompts: int = 8) -> ls.SteeringSweep:
-    """score = i + layer * m / 2, random directions near 0, damage m ** 2 / 10; markup in prompts and texts."""
+    """score = i + layer * m / 2, random directions near 0, damage m ** 2 / 10; markup in the texts."""
     names = [f"prompt {i} {MARKUP}" for i in range(prompts)]
     rows = [_row(UNSTEERED, NOWHERE, 0.0, i, name, 0.0) for i, name in enumerate(names)]
     for layer in layers:

@@ -126,9 +126,17 @@ def test_a_study_says_the_numbers_of_its_results(parts, pages):
 
 
 def test_a_sweep_has_a_map_for_several_layers_only(tmp_path, pages):
-    assert list(pages["sweep"].sections) == "summary map curves damage effects texts record".split()
+    assert list(pages["sweep"].sections) == [
+        "summary",
+        "map",
+        "curves",
+        "damage",
+        "effects",
+        "texts",
+        "record",
+    ]
     one = Page(ls.sweep_report(tmp_path / "one.html", swept((1,))).read_text(encoding="utf-8"))
-    assert list(one.sections) == "summary curves damage effects texts record".split()
+    assert list(one.sections) == ["summary", "curves", "damage", "effects", "texts", "record"]
     assert one.sections["curves"]["figure"] == 1
     assert pages["sweep"].sections["curves"]["figure"] == 2
 
@@ -217,15 +225,18 @@ def test_the_slider_of_the_vector_changes_its_layer(opened, parts):
     rail.scroll_into_view_if_needed()
     box = rail.bounding_box()
     page.mouse.click(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
-    last = f"document.getElementById('figure-vector').data[0].y[0].toFixed(2) === '{float(content.layer(2)[0]):.2f}'"
-    page.wait_for_function(last)
+    first = f"{float(content.layer(2)[0]):.2f}"
+    page.wait_for_function(f"({values})()[0].toFixed(2) === '{first}'")
     np.testing.assert_allclose(page.evaluate(values), content.layer(2), rtol=1e-3)
 
 
 def test_figures_follow_the_colours_of_the_page_and_print_in_light_ones(opened):
     page, heard = opened["study"]
-    paper = "[...document.querySelectorAll('.plotly-graph-div')].map(g => g._fullLayout.paper_bgcolor.toLowerCase())"
-    widths = "[...document.querySelectorAll('.plotly-graph-div')].map(g => g._fullLayout.width)"
+    layouts = "[...document.querySelectorAll('.plotly-graph-div')].map(g => g._fullLayout)"
+    paper, widths = (
+        f"{layouts}.map(one => one.paper_bgcolor.toLowerCase())",
+        f"{layouts}.map(one => one.width)",
+    )
     light, dark = PAPER.lower(), palette("dark")[PAPER].lower()
     assert set(page.evaluate(paper)) == {light}
     page.emulate_media(color_scheme="dark")

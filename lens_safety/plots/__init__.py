@@ -12,12 +12,10 @@ from .detection import (
     tone_cells,
     transfer_matrix,
 )
-from .layers import layer_curve
-from .steering import dose_response, prompt_slopes, steering_map
 from .layers import layer_curve, layers_side_by_side
 from .maps import cosine_map, depth_map, dimension_map
 from .projections import projection
-from .steering import dose_response, operators, prompt_slopes, steering_map
+from .steering import dose_response, prompt_slopes, steering_map
 from .style import fragment, plotly_js, save_html, save_image, themed
 from .vectors import tone_and_content, top_dimensions, vector
 
@@ -25,19 +23,19 @@ __all__ = [
     "comparison",
     "confusion",
     "consistency",
-    "damage_frontier",
     "cosine_map",
+    "damage_frontier",
     "depth_map",
     "dimension_map",
     "dose_response",
     "fragment",
     "label_curve",
     "layer_curve",
+    "layers_side_by_side",
     "models_side_by_side",
     "operators",
     "plotly_js",
     "precision_recall",
-    "layers_side_by_side",
     "projection",
     "prompt_slopes",
     "reliability",
