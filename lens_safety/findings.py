@@ -85,7 +85,7 @@ def shown(row: Any, name: str, *, signed: bool = True) -> tuple[str, str]:
     if np.isnan(value):
         return "—", ""
     width = high - low
-    digits = min(5, max(2, 1 - int(np.floor(np.log10(width))))) if signed and width > 0 else 2
+    digits = min(5, max(2, 1 - int(np.floor(np.log10(width))))) if signed and width > 1e-9 else 2
     texts = [minus(f"{one:{'+' if signed else ''}.{digits}f}") for one in (value, low, high)]
     return texts[0], f"[{texts[1]}, {texts[2]}]"
 
