@@ -170,7 +170,8 @@ def _tone_line(comparison: DetectorComparison) -> str:
     for name in dict.fromkeys(overall["set"]):
         rows = overall[overall["set"] == name].set_index("detector")["auroc"]
         tone, content = (
-            rows[[one for one in rows.index if one.startswith(word)]].max() for word in ("tone", "content")
+            rows[[one for one in rows.index if str(one).startswith(word)]].max()
+            for word in ("tone", "content")
         )
         parts.append(f"{tone:.2f} against {content:.2f} on {name}")
     return f"Best AUROC of tone vectors against content vectors: {'; '.join(parts)}."
@@ -203,9 +204,9 @@ def _map(sweep: SteeringSweep, effects: pd.DataFrame) -> Finding:
 
 
 def _effects(effects: pd.DataFrame) -> Finding:
-    outside, n = int(effects["outside_band"].sum()), len(effects)
+    outside, n = int(effects["outside_band"].to_numpy().sum()), len(effects)
     said = f"{outside} of {n} changes lie outside the band of the random directions."
-    if effects["band_low"].isna().all():
+    if np.isnan(effects["band_low"].to_numpy()).all():
         said = "No random directions were run, so that no change has a control."
     return Finding(
         "effects",
@@ -240,7 +241,7 @@ def _damage(sweep: SteeringSweep, effects: pd.DataFrame) -> Finding:
         for row in rows
     )
     said = "; ".join(f"{one.value} {one.interval} {one.label}" for one in numbers)
-    reached = sweep.cliff()["multiplier"].notna()
+    reached = np.isfinite(sweep.cliff()["multiplier"].to_numpy())
     cliffs = f"The cliff (one nat) is reached on {int(reached.sum())} of {len(reached)} sides."
     return Finding(
         "damage",

@@ -5,6 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import plots
 from .audit import ShortcutAudit
 from .detect import Detector
@@ -97,7 +99,7 @@ def sweep_report(path: str | Path, sweep: SteeringSweep) -> Path:
     if len(sweep.layers) > 1:
         figures["map"] = plots.steering_map(sweep)
     columns = {"kl": "kl", "nll": "nll_change"}
-    if paid := [name for name, column in columns.items() if effects[column].notna().any()]:
+    if paid := [name for name, column in columns.items() if np.isfinite(effects[column].to_numpy()).any()]:
         figures["damage"] = plots.damage_frontier(sweep, damage=paid[0])
     return _write(
         path,

@@ -18,7 +18,7 @@ from lens_safety.plots.style import PAPER, palette
 
 WIDTHS = (1280, 390)
 MOST = 8_000_000
-SLOW = 120_000
+SLOW = 60_000
 """Milliseconds that a busy machine may take for a page."""
 
 
