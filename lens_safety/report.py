@@ -1,19 +1,39 @@
-"""One self-contained HTML page from results: it opens offline and can be mailed."""
+"""Self-contained HTML pages from results, one family: they open offline and can be mailed or printed."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import plots
+from .audit import ShortcutAudit
 from .detect import Detector
 from .directions import ContentVectors
-from .evaluate import DetectionReport, DetectorComparison
+from .evaluate import DetectionReport, DetectorComparison, PairedTests
 from .files import write_text
-from .intervals import Estimate, interval_text
-from .responses import CONTENT, SteeringSweep
+from .findings import (
+    Finding,
+    measure_name,
+    number_text,
+    shown,
+    strength_text,
+    study_findings,
+    sweep_findings,
+)
+from .plots.style import FAINT, INK, PAPER, SAFE, SOFT, palette
+from .responses import ASKED, CONTENT, UNSTEERED, SteeringSweep
 from .separation import LayerTable
+
+_TEXTS = 2000
+"""The most texts that a page shows, so that it stays small; prompts are left out whole."""
+
+_BEAR_IN_MIND = (
+    "A probe of one model on small sets, not a guard: detectors of the residual stream are not robust to "
+    "somebody who attacks them with access to the weights (2412.09565)."
+)
+_CSS_COLOURS = {"paper": PAPER, "ink": INK, "soft": SOFT, "line": FAINT, "accent": SAFE}
 
 
 def report(
@@ -25,62 +45,101 @@ def report(
     detector: Detector,
     reports: Sequence[DetectionReport],
     comparison: DetectorComparison,
+    audit: ShortcutAudit,
+    wording: PairedTests,
     steering: SteeringSweep,
     settings: dict[str, Any],
 ) -> Path:
-    """Write the page of a study: where, how well, tone against content, the vector, steering, the record."""
+    """Write the page of a study: where, how well, what drives it, what steering does, the record.
+
+    `wording`: the detector paired with a text baseline, a row a held-out set.
+    """
+    findings = study_findings(
+        table=table,
+        content=content,
+        tone=tone,
+        detector=detector,
+        reports=reports,
+        comparison=comparison,
+        wording=wording,
+        steering=steering,
+    )
     figures = {
         "layers": plots.layer_curve(table),
+        "audit": plots.shortcut_audit(audit),
         "comparison": plots.comparison(comparison),
         "tone": plots.tone_and_content(tone, content),
-        "vector": plots.vector(content, detector.layer),
+        "vector": plots.vector(content),
         "steering": plots.dose_response(steering),
     } | {f"scores-{i}": plots.score_distribution(one) for i, one in enumerate(reports)}
-    page = _environment().get_template("report.html")
-    return write_text(
+    return _write(
         path,
-        page.render(
-            plotly_js=plots.plotly_js(),
-            figures={name: plots.fragment(figure, name) for name, figure in figures.items()},
-            summary=_summary(table, detector, reports, comparison, steering),
-            table=table,
-            detector=detector,
-            reports=[(one, _by_type(one)) for one in reports],
-            comparison=_comparison_rows(comparison),
-            sets=list(dict.fromkeys(comparison.overall["set"])),
-            cosine=float(content.cosine(tone)[content.row(detector.layer)]),
-            steering=steering,
-            texts=_texts(steering),
-            several=False,
-            settings=settings,
-        ),
+        "study.html",
+        figures,
+        findings,
+        kind="Study",
+        title=f"Danger in {detector.model.name}",
+        subtitle=_read_from(detector),
+        record=_flat(settings),
+        table=table,
+        detector=detector,
+        reports=[(one, _by_type(one)) for one in reports],
+        comparison=_comparison_rows(comparison),
+        sets=list(dict.fromkeys(comparison.overall["set"])),
+        audit=audit,
+        steering=steering,
+        texts=_texts(steering),
     )
 
 
 def sweep_report(path: str | Path, sweep: SteeringSweep) -> Path:
-    """Write the page of a sweep: layer x multiplier, a dose-response curve a layer, effects, texts."""
+    """Write the page of a sweep: layer x multiplier, dose-response by layer, damage, effects, texts."""
+    effects = sweep.effects()
     figures = {f"layer-{layer}": plots.dose_response(sweep, layer) for layer in sweep.layers}
     if len(sweep.layers) > 1:
         figures["map"] = plots.steering_map(sweep)
-    page = _environment().get_template("sweep.html")
+    columns = {"kl": "kl", "nll": "nll_change"}
+    if paid := [name for name, column in columns.items() if np.isfinite(effects[column].to_numpy()).any()]:
+        figures["damage"] = plots.damage_frontier(sweep, damage=paid[0])
+    return _write(
+        path,
+        "sweep.html",
+        figures,
+        sweep_findings(sweep, effects),
+        kind="Steering sweep",
+        title=f"Steering {sweep.model}",
+        subtitle=f"{sweep.operator} at {sweep.positions} positions · layers "
+        f"{', '.join(map(str, sweep.layers))} · {sweep.n_prompts} prompts · up to {sweep.max_new_tokens} "
+        f"tokens, greedy · seed {sweep.seed}",
+        record=_flat(_sweep_settings(sweep)),
+        sweep=sweep,
+        measure=measure_name(sweep),
+        effects=effects.to_dict("records"),
+        texts=_texts(sweep),
+    )
+
+
+def _write(
+    path: str | Path, template: str, figures: dict[str, Any], findings: Sequence[Finding], **given: Any
+) -> Path:
+    """Fill in a page. What every page has in common is named here once."""
+    summary = [(one.title, one.line) for one in findings if one.line]
+    page = _environment().get_template(template)
     return write_text(
         path,
         page.render(
             plotly_js=plots.plotly_js(),
             figures={name: plots.fragment(figure, name) for name, figure in figures.items()},
-            sweep=sweep,
-            several=len(sweep.layers) > 1,
-            measure=sweep.measure.replace("_", " "),
-            effects=sweep.effects().to_dict("records"),
-            texts=_texts(sweep) if sweep.max_new_tokens else [],
+            findings=findings,
+            summary=[*summary, ("Bear in mind", _BEAR_IN_MIND)],
+            themes={
+                theme: {name: palette(theme)[colour] for name, colour in _CSS_COLOURS.items()}
+                for theme in ("light", "dark")
+            },
+            colours=_colours(),
+            **given,
         ),
     )
-
-
-def _by_type(report: DetectionReport) -> list[dict[str, Any]]:
-    """The rows of all prompts and of each type."""
-    frame = report.frame
-    return frame.loc[frame["by"].isin(("all", "type"))].to_dict("records")  # type: ignore[return-value]
 
 
 def _environment() -> Any:
@@ -93,68 +152,42 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["interval"] = interval_text
-    environment.filters["number"] = _number
-    environment.filters["range"] = lambda row, low, high: f"{_number(row[low])} to {_number(row[high])}"
+    environment.filters["interval"] = lambda row, name: " ".join(shown(row, name, signed=False))
+    environment.filters["signed"] = lambda row, name: " ".join(shown(row, name))
+    environment.filters["number"] = number_text
+    environment.filters["range"] = lambda row, low, high: (
+        f"{number_text(row[low])} to {number_text(row[high])}"
+    )
+    environment.filters["strength"] = strength_text
     environment.filters["word"] = lambda text: str(text).replace("_", " ")
     return environment
 
 
-def _number(value: float) -> str:
-    return "—" if np.isnan(value) else f"{value:.2g}"
+def _colours() -> dict[str, str]:
+    """Each colour of the figures and what stands for it on dark paper, in both ways of writing it."""
+    pairs = palette("dark").items()
+    return {light.lower(): dark.lower() for light, dark in pairs} | {
+        _rgba(light): _rgba(dark) for light, dark in pairs
+    }
 
 
-def _summary(
-    table: LayerTable,
-    detector: Detector,
-    reports: Sequence[DetectionReport],
-    comparison: DetectorComparison,
-    steering: SteeringSweep,
-) -> list[tuple[str, str]]:
-    best = table.frame.set_index("layer").loc[table.best_layer]
-    chosen = f"layer {detector.layer}, threshold {detector.threshold:.2g}"
-    lines = [
-        (
-            "Where",
-            f"The classes lie furthest apart at layer {table.best_layer}: cross-validated AUROC "
-            f"{Estimate.from_columns(best, 'auroc', table.n_safe + table.n_dangerous)}; with shuffled labels "
-            f"97.5% stay under {best['auroc_shuffled']:.2f}.",
-        )
-    ]
-    for one in reports:
-        lines.append(
-            (
-                f"How well: {one.source}",
-                f"{detector.method} ({chosen}, both chosen on {detector.source}): accuracy "
-                f"{one.accuracy}, AUROC {one.auroc} on {one.n} held-out prompts.",
-            )
-        )
-    lines.append(("Tone or content", _tone_line(comparison)))
-    lines.append(("Steering", _steering_line(steering)))
-    return lines
+def _rgba(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, "
 
 
-def _tone_line(comparison: DetectorComparison) -> str:
-    overall = comparison.overall
-    parts = []
-    for name in dict.fromkeys(overall["set"]):
-        rows = overall[overall["set"] == name].set_index("detector")
-        tone = [rows.loc[d, "auroc"] for d in rows.index if d.startswith("tone")]
-        content = [rows.loc[d, "auroc"] for d in rows.index if d.startswith("content")]
-        parts.append(f"{max(tone):.2f} against {max(content):.2f} on {name}")
-    return f"Best AUROC of tone vectors against content vectors: {'; '.join(parts)}."
-
-
-def _steering_line(steering: SteeringSweep) -> str:
-    effects = steering.effects()
-    most = effects["multiplier"].abs().max()
-    said = "; ".join(
-        f"at multiplier {row['multiplier']:g} (dose {row['dose']:.2f}) the text's danger score moves by "
-        f"{row['change']:+.4f} [{row['change_low']:+.4f}, {row['change_high']:+.4f}] (random directions: "
-        f"{row['band_low']:+.4f} to {row['band_high']:+.4f}) at {row['nll_change']:+.2f} nats a token"
-        for row in effects.loc[effects["multiplier"].abs() == most].to_dict("records")
+def _read_from(detector: Detector) -> str:
+    return (
+        f"{detector.model.n_layers} layers, d_model {detector.model.d_model} · read at {detector.position}, "
+        f"{detector.template} template · {detector.n_safe + detector.n_dangerous} training prompts "
+        f"({detector.source}) · seed {detector.seed}"
     )
-    return f"At layer {min(steering.layers)}, {said}."
+
+
+def _by_type(one: DetectionReport) -> list[dict[str, Any]]:
+    """The rows of all prompts and of each type."""
+    frame = one.frame
+    return frame.loc[frame["by"].isin(("all", "type"))].to_dict("records")  # type: ignore[return-value]
 
 
 def _comparison_rows(comparison: DetectorComparison) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -165,11 +198,52 @@ def _comparison_rows(comparison: DetectorComparison) -> list[tuple[str, list[dic
     ]
 
 
-def _texts(steering: SteeringSweep) -> list[tuple[str, list[dict[str, Any]]]]:
-    """For each prompt the content-steered texts, from the most negative multiplier to the most positive."""
-    rows = steering.curves()
-    rows = rows.loc[rows["direction"] == CONTENT]
-    return [
-        (prompt, rows.loc[rows["prompt"] == prompt].to_dict("records"))
-        for prompt in dict.fromkeys(steering.frame["prompt"])
-    ]
+def _texts(sweep: SteeringSweep) -> dict[str, Any]:
+    """The texts of the content vectors beside the unsteered ones, by prompt, layer and multiplier."""
+    rows = sweep.frame.loc[sweep.frame["direction"].isin([CONTENT, UNSTEERED, ASKED])]
+    rows = rows.assign(value=rows[sweep.measure])
+    prompts = list(dict.fromkeys(rows["prompt"]))
+    shown = prompts[: max(1, _TEXTS * len(prompts) // max(1, len(rows)))]
+    rows = rows.loc[rows["prompt"].isin(shown)]
+    order = rows["prompt"].map(shown.index)
+    rows = rows.assign(order=order).sort_values(["order", "layer", "multiplier"], kind="stable")
+    return {
+        "rows": rows.to_dict("records") if sweep.max_new_tokens else [],
+        "layers": sweep.layers,
+        "measure": measure_name(sweep),
+        "left_out": len(prompts) - len(shown),
+    }
+
+
+def _sweep_settings(sweep: SteeringSweep) -> dict[str, Any]:
+    controls = [name for name in dict.fromkeys(sweep.frame["direction"]) if name not in (CONTENT, UNSTEERED)]
+    return {
+        "model": sweep.model,
+        "operator": sweep.operator,
+        "positions": sweep.positions,
+        "layers": list(sweep.layers),
+        "multipliers": sorted({m for _, m in sweep.strengths}),
+        "controls": controls,
+        "prompts": sweep.n_prompts,
+        "measure": sweep.measure,
+        "detector": sweep.detector or "none",
+        "threshold": sweep.threshold,
+        "max_new_tokens": sweep.max_new_tokens,
+        "seed": sweep.seed,
+        "versions": {"lens-safety": version("lens-safety")},
+    }
+
+
+def _flat(settings: dict[str, Any], before: str = "") -> list[tuple[str, str]]:
+    """Nested settings as rows of a table, names joined by dots."""
+    rows: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{before}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for number, one in enumerate(value, start=1):
+                rows += _flat(one, f"{before}{name}.{number}.")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            rows.append((before + name, text))
+    return rows

@@ -137,6 +137,47 @@ def top_dimensions(vectors: ContentVectors, layer: int, k: int = 20) -> pd.DataF
     )
 
 
+def linear_cka(
+    first: Float[Tensor, "layer prompt d_model"],
+    second: Float[Tensor, "other prompt width"],
+    *,
+    debiased: bool = True,
+) -> Float[np.ndarray, "layer other"]:
+    """How alike the same prompts lie in two sets of layers, of any two widths: linear CKA of each pair.
+
+    CKA = <K, L> / (norm(K) norm(L)) of the centred Gram matrices K and L of the prompts (Kornblith et al.
+    2019, 1905.00414): 1 for layers that are equal but for rotation, scale and shift. The plain form
+    is far above 0 for unrelated layers that are wider than the prompts are many, so by default K and L
+    are centred without bias (Song et al. 2012; Nguyen et al. 2020, 2010.15327): unrelated layers then
+    lie around 0. Layers without variation give 0.
+
+    Raises `OptionError` for fewer than 4 prompts.
+    """
+    n = first.shape[1]
+    if n < 4:
+        raise OptionError(f"{n} prompts given: expected at least 4 to compare how prompts lie")
+    rows, columns = (
+        torch.stack([_centred_gram(layer.double(), debiased) for layer in side]) for side in (first, second)
+    )
+    return (rows @ columns.T).numpy()
+
+
+def _centred_gram(features: Float[Tensor, "prompt d_model"], debiased: bool) -> Float[Tensor, " pair"]:
+    """The centred Gram matrix of the prompts, flat and of norm 1; zeros where there is no variation."""
+    n = len(features)
+    centred = features - features.mean(dim=0)
+    gram = centred @ centred.T
+    if debiased:
+        gram.fill_diagonal_(0.0)
+        sums = gram.sum(dim=1) / (n - 2)
+        gram = gram - sums[:, None] - sums[None] + sums.sum() / (n - 1)
+        gram.fill_diagonal_(0.0)
+    size = gram.norm()
+    # What rounding leaves of equal rows is no variation.
+    noise = size <= 1e-12 * (features.norm() ** 2).clamp_min(1e-300)
+    return torch.zeros(n * n, dtype=gram.dtype) if noise else (gram / size).flatten()
+
+
 def cross_validated_scores(
     resid: Float[Tensor, "layer prompt d_model"],
     labels: Labels,

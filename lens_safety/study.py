@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from . import tokens as tok
+from .audit import ShortcutAudit, shortcut_audit
 from .baselines import TextBaseline
 from .detect import Detector
 from .directions import ContentVectors, content_vectors
-from .evaluate import DetectionReport, DetectorComparison, compare, evaluate
+from .evaluate import DetectionReport, DetectorComparison, PairedTests, compare, evaluate, paired_tests
 from .files import write_csv, write_json
 from .prompts import PromptSet, load_prompts
 from .report import report
@@ -29,10 +30,16 @@ from .types import PromptError, ResidualModel
 TESTS = ("validation", "adversarial")
 MULTIPLIERS = (-4.0, -2.0, 0.0, 2.0, 4.0)
 
+_WORDING = "TF-IDF, no model"
+
 
 @dataclass(frozen=True)
 class Study:
-    """All results of `study`. `reports` holds the chosen detector on each held-out set."""
+    """All results of `study`.
+
+    `reports` holds the chosen detector on each held-out set; `audit` asks on the first of them how much of
+    its score is style; `wording` pairs it with TF-IDF on each.
+    """
 
     table: LayerTable
     content: ContentVectors
@@ -40,6 +47,8 @@ class Study:
     detector: Detector
     reports: tuple[DetectionReport, ...]
     comparison: DetectorComparison
+    audit: ShortcutAudit
+    wording: PairedTests
     steering: SteeringSweep
     settings: dict[str, Any]
 
@@ -62,6 +71,8 @@ class Study:
         written = [
             write_csv(folder / "layers.csv", self.table.frame),
             write_csv(folder / "detection.csv", self.comparison.frame),
+            write_csv(folder / "shortcuts.csv", self.audit.frame),
+            write_csv(folder / "wording.csv", self.wording.frame),
             write_csv(folder / "steering.csv", self.steering.frame),
             self.content.save(folder / "vectors.safetensors"),
             self.tone.save(folder / "tone_vectors.safetensors"),
@@ -75,6 +86,8 @@ class Study:
                 detector=self.detector,
                 reports=self.reports,
                 comparison=self.comparison,
+                audit=self.audit,
+                wording=self.wording,
                 steering=self.steering,
                 settings=self.settings,
             ),
@@ -102,9 +115,9 @@ def study(
 
     One pass a prompt set; the layer table, content and tone vectors; a detector whose layer and
     threshold cross-validation inside `train` chooses, evaluated on each of `tests` beside tone
-    vectors, fewer examples, logistic regression and TF-IDF; and `neutral` prompts steered at the
-    detector's layer along the content vector and, where it is pushed hardest, random directions of
-    that norm.
+    vectors, fewer examples, logistic regression and TF-IDF; a shortcut audit on the first of `tests`;
+    and `neutral` prompts steered at the detector's layer along the content vector and, where it is
+    pushed hardest, random directions of that norm.
 
     Args:
         store: a folder for finished batches, so that an interrupted study goes on where it was.
@@ -132,7 +145,8 @@ def study(
     tone = content_vectors(personas_read, method="tone")
     detector = Detector.fit(fitted_on, method=method, seed=seed)
     reports = tuple(evaluate(detector, cache, seed=seed) for cache in held_out)
-    comparison = _compare(detector, tone, fitted_on, personas_read, held_out, reports, seed)
+    compared = _compared(detector, tone, fitted_on, personas_read, held_out, reports, seed)
+    audit = shortcut_audit(detector, held_out[0], train=fitted_on, model=model, seed=seed, progress=progress)
     steered = sweep(
         model,
         content,
@@ -153,7 +167,18 @@ def study(
         "multipliers": [float(m) for m in multipliers],
         "seconds": round(time.monotonic() - started, 1),
     }
-    return Study(table, content, tone, detector, reports, comparison, steered, settings)
+    return Study(
+        table=table,
+        content=content,
+        tone=tone,
+        detector=detector,
+        reports=reports,
+        comparison=compare(compared),
+        audit=audit,
+        wording=paired_tests([(n, r) for n, r in compared if n in (_content_name(train), _WORDING)]),
+        steering=steered,
+        settings=settings,
+    )
 
 
 _VERSIONS = ("lens-safety", "transformer-lens", "torch", "transformers", "scikit-learn", "numpy")
@@ -182,6 +207,10 @@ def _named(prompts: PromptSet) -> dict[str, Any]:
     return {"name": prompts.name, "n": len(prompts), "digest": prompts.digest}
 
 
+def _content_name(train: PromptSet) -> str:
+    return f"content, {len(train)} prompts"
+
+
 def _require_held_out(train: PromptSet, test: PromptSet) -> None:
     shared = set(train.texts) & set(test.texts)
     if shared:
@@ -191,7 +220,7 @@ def _require_held_out(train: PromptSet, test: PromptSet) -> None:
         )
 
 
-def _compare(
+def _compared(
     detector: Detector,
     tone: ContentVectors,
     train: ResidualCache,
@@ -199,7 +228,7 @@ def _compare(
     held_out: list[ResidualCache],
     reports: tuple[DetectionReport, ...],
     seed: int,
-) -> DetectorComparison:
+) -> list[tuple[str, DetectionReport]]:
     """Tone vectors (the study's way, then given every chance), content vectors, and text alone."""
     first = [p.group == personas.prompts.prompts[0].group for p in personas.prompts]
     one_pair = content_vectors(personas[np.array(first, dtype=bool)], method="tone, one pair")
@@ -212,11 +241,10 @@ def _compare(
     if small.any():
         detectors[f"content, {int(small.sum())} prompts"] = Detector.fit(train[small], seed=seed)
     rows = [(name, evaluate(d, cache, seed=seed)) for name, d in detectors.items() for cache in held_out]
-    rows += [(f"content, {len(train)} prompts", report) for report in reports]
+    rows += [(_content_name(train.prompts), report) for report in reports]
     if detector.method != "logistic":
         logistic = Detector.fit(train, method="logistic", seed=seed)
         name = f"logistic, {len(train)} prompts"
         rows += [(name, evaluate(logistic, cache, seed=seed)) for cache in held_out]
     words = TextBaseline.fit(train.prompts, seed=seed)
-    rows += [("TF-IDF, no model", words.report(cache.prompts, seed=seed)) for cache in held_out]
-    return compare(rows)
+    return rows + [(_WORDING, words.report(cache.prompts, seed=seed)) for cache in held_out]

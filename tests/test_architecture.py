@@ -22,7 +22,7 @@ LEVELS = {
     **dict.fromkeys(["directions"], 5),
     **dict.fromkeys(["separation", "scorers", "detect", "plans", "steer", "exchange", "attribute"], 6),
     **dict.fromkeys(["evaluate", "baselines", "audit", "responses", "sweep", "guard", "readings"], 7),
-    **dict.fromkeys(["plots", "report", "study", "doctor"], 8),
+    **dict.fromkeys(["plots", "findings", "report", "study", "doctor"], 8),
     **dict.fromkeys(["cli", "dashboard", "explore", "session"], 9),
 }
 BESIDE = {
@@ -37,7 +37,7 @@ BESIDE = {
     "baselines": {"evaluate"},
     "audit": {"evaluate", "baselines"},
     "sweep": {"baselines", "responses"},
-    "report": {"plots"},
+    "report": {"findings", "plots"},
     "study": {"report", "plots"},
 }
 DOORS = {

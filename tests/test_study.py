@@ -1,11 +1,6 @@
-import re
-from html.parser import HTMLParser
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
-from browsing import Heard, browser
 
 import lens_safety as ls
 from lens_safety.prompts import Prompt, PromptSet
@@ -45,23 +40,6 @@ def small_study(model, test: PromptSet | None = None, **options):
     )
 
 
-class Page(HTMLParser):
-    """The addresses that a page would fetch, and the ids of its figures."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.fetched: list[str] = []
-        self.ids: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        named = dict(attrs)
-        if tag in ("script", "img", "link", "iframe"):
-            self.fetched += [value for key in ("src", "href") if (value := named.get(key))]
-        if (identity := named.get("id") or "").startswith("figure-"):
-            self.ids.add(identity)
-
-
 @pytest.fixture
 def saved(tiny, tmp_path):
     made = small_study(tiny)
@@ -74,6 +52,8 @@ def test_the_study_writes_every_file_and_they_load(saved):
         "report.html",
         "layers.csv",
         "detection.csv",
+        "shortcuts.csv",
+        "wording.csv",
         "steering.csv",
         "vectors.safetensors",
         "tone_vectors.safetensors",
@@ -128,41 +108,17 @@ def test_a_text_in_both_training_and_test_is_refused(tiny):
         ls.study(tiny, train=train, tests=[PromptSet(train.prompts[:1], "overlap")], progress=False)
 
 
-def test_the_page_is_whole_escaped_and_fetches_nothing(saved):
-    page = saved[1]["report.html"].read_text()
-    parsed = Page(page)
-    assert parsed.fetched == ["data:,"]
-    figures = {"layers", "comparison", "tone", "vector", "steering", "scores-0"}
-    assert parsed.ids == {f"figure-{name}" for name in figures}
-    assert "train &lt;b&gt;set&lt;/b&gt;" in page
-    assert "<b>set</b>" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    for section in ("where", "how-well", "tone", "vector", "steering", "record"):
-        assert f'id="{section}"' in page
-
-
-def in_browser(path: Path) -> tuple[str, str]:
-    """The page's DOM after its scripts ran without a network, and what the console said."""
-    with browser() as opened:
-        page = opened.new_page()
-        heard, said = Heard(page), []
-        page.on("console", lambda message: said.append(message.text))
-        page.goto(path.as_uri(), wait_until="load")
-        return page.content(), "\n".join([*said, *heard.errors, *heard.left])
-
-
-def test_a_browser_without_a_network_draws_every_figure(saved):
-    dom, console = in_browser(saved[1]["report.html"])
-    figures = Page(dom).ids
-    assert len(figures) == 6
-    # Each drawn figure has plotly's drawing inside its element.
-    assert dom.count('class="main-svg"') >= len(figures)
-    assert console == ""
-
-
-def test_the_browser_test_sees_a_broken_page(tmp_path):
-    page = tmp_path / "broken.html"
-    page.write_text("<script>noSuchFunction()</script>")
-    assert "noSuchFunction" in in_browser(page)[1]
+def test_a_study_asks_on_its_first_set_what_drives_the_detector_and_pairs_it_with_the_wording(saved):
+    made, files, _ = saved
+    assert made.audit.source == "held out"
+    assert set(made.audit.frame["kind"]) == {"detector", "baseline", "rewording"}
+    assert made.audit.frame["auroc"].iloc[0] == made.reports[0].auroc.value
+    (row,) = made.wording.frame.to_dict("records")
+    assert (row["first"], row["second"]) == ("content, 36 prompts", "TF-IDF, no model")
+    own, words = (made.comparison.overall.set_index("detector")["auroc"][row[n]] for n in ("first", "second"))
+    assert row["auroc_difference"] == pytest.approx(own - words)
+    assert len(pd.read_csv(files["shortcuts.csv"])) == len(made.audit.frame)
+    assert "train &lt;b&gt;set&lt;/b&gt;" in files["report.html"].read_text(encoding="utf-8")
 
 
 def test_an_interrupted_study_leaves_whole_files_and_resumes(tiny, tmp_path, monkeypatch):
