@@ -41,7 +41,7 @@ _DARK = {
 TEMPLATES = {"light": "lens_safety", "dark": "lens_safety_dark"}
 TEMPLATE = TEMPLATES["light"]
 CONFIG = {"responsive": True, "displayModeBar": False}
-_TITLE_WIDTH, _NOTE_WIDTH, _LINE = 40, 52, 21
+_TITLE_WIDTH, _NOTE_WIDTH, _LINE = 36, 52, 21
 
 
 def palette(theme: str = "light") -> dict[str, str]:
@@ -102,7 +102,7 @@ def _template(theme: str) -> go.layout.Template:
             "legend": {"orientation": "h", "bgcolor": "rgba(0, 0, 0, 0)"},
             "sliderdefaults": {
                 "bgcolor": c[FAINT],
-                "bordercolor": c[FAINT],
+                "bordercolor": c[CONTROL],
                 "activebgcolor": c[ACCENT],
                 "tickcolor": c[CONTROL],
                 "font": {"size": 11},
