@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from html import escape
 from textwrap import shorten, wrap
-from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -28,8 +27,6 @@ from .style import (
     styled,
 )
 
-Way = Literal["pca", "lda"]
-Colouring = Literal["label", "kind", "category", "language"]
 _AXES = ("x", "y", "z")
 # The titles of a cube's axes lie aslant and have little room.
 _COMPONENT = {2: "component", 3: "PC"}
@@ -44,10 +41,10 @@ _Folds = list[Int[np.ndarray, " row"]]
 def projection(
     cache: ResidualCache,
     *,
-    method: Way = "pca",
+    method: str = "pca",
     layer: int | Sequence[int] | None = None,
     dims: int = 2,
-    colour: Colouring = "label",
+    colour: str = "label",
 ) -> go.Figure:
     """The prompts of a cache as points: a dot a prompt, its text on hover; several layers get a slider.
 
