@@ -128,7 +128,9 @@ class _View:
         return traces, {"title.text": heading(self.title, self.note)} | titles
 
 
-def _points(prompts: PromptSet, name: str, rows: dict[str, np.ndarray], view: _View) -> go.Scatter:
+def _points(
+    prompts: PromptSet, name: str, rows: dict[str, np.ndarray], view: _View
+) -> go.Scatter | go.Scatter3d:
     """A trace of the prompts that share a name."""
     of = rows[name]
     place = list(rows).index(name)
