@@ -51,6 +51,7 @@ def test_the_slider_of_the_vector_changes_three_panels_title_and_share():
     figure: Any = plots.vector(vectors_from(HAND), k=2)
     assert [step.label for step in steps(figure)] == ["0", "1", "2"]
     assert figure.layout.sliders[0].active == 1
+    assert (figure.layout.yaxis3.type, figure.layout.yaxis3.autotypenumbers) == ("category", "strict")
     for layer, step in enumerate(steps(figure)):
         traces, layout = step.args
         assert step.method == "update"

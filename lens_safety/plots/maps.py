@@ -37,7 +37,7 @@ def dimension_map(vectors: ContentVectors, *, k: int = 20) -> go.Figure:
     figure.update_yaxes(title_text="dimension", type="category", autorange="reversed", showgrid=False)
     figure.update_yaxes(tickfont_size=10, dtick=1)
     note = f"{provenance(vectors)} · these {k} carry {carried.min():.0%} to {carried.max():.0%} of ‖v‖²"
-    return styled(figure, "The largest dimensions, layer by layer", note, 200 + 20 * k)
+    return styled(figure, "The largest dimensions by layer", note, 200 + 20 * k)
 
 
 def cosine_map(vectors: ContentVectors, other: ContentVectors | None = None) -> go.Figure:
@@ -120,7 +120,7 @@ def depth_map(first: ResidualCache, second: ResidualCache) -> go.Figure:
         f"dots: nearest layer across · shuffled prompts: at most {control:.2f}"
     )
     figure.update_layout(showlegend=False)
-    return styled(figure, "At which depth do two models see alike?", note, 520)
+    return styled(figure, "Where two models see alike", note, 520)
 
 
 def _heat(

@@ -79,7 +79,7 @@ def projection(
         figure.update_layout({name: text})
     figure.update_layout(
         legend_itemsizing="constant",
-        scene={"aspectmode": "cube", "camera": {"eye": {"x": 1.6, "y": 1.6, "z": 0.9}}},
+        scene={"aspectmode": "cube", "camera": {"eye": {"x": 1.9, "y": 1.9, "z": 1.1}}},
     )
     height = (520 if dims == 2 else 640) + (SLIDER if len(layers) > 1 else 0)
     return styled(figure, views[start].title, views[start].note, height, above=48)
@@ -115,7 +115,7 @@ class _View:
         fitted = (
             "across: each prompt scored by folds without its group · up: fitted on these prompts"
             if held_out
-            else "axes fitted on these very prompts, without their labels"
+            else "axes fitted on these very prompts, labels unused"
         )
         self.note = f"{cache.model.name} · {cache.prompts.name}, n = {len(cache)} · {fitted}"
 
