@@ -81,6 +81,8 @@ def projection(
         legend_itemsizing="constant",
         scene={"aspectmode": "cube", "camera": {"eye": {"x": 1.9, "y": 1.9, "z": 1.1}}},
     )
+    if dims == 3:
+        figure.update_layout(margin={"l": 4, "r": 4})
     height = (520 if dims == 2 else 640) + (SLIDER if len(layers) > 1 else 0)
     return styled(figure, views[start].title, views[start].note, height, above=48)
 

@@ -75,7 +75,8 @@ def _template(theme: str) -> go.layout.Template:
         "title": {"font": {"size": 12}, "standoff": 8},
         "tickfont": {"size": 12},
     }
-    scene = {name: {"backgroundcolor": c[PAPER], "gridcolor": c[FAINT]} for name in _SCENE}
+    small = {"title": {"font": {"size": 11}}, "tickfont": {"size": 10}, "nticks": 5}
+    scene = {name: small | {"backgroundcolor": c[PAPER], "gridcolor": c[FAINT]} for name in _SCENE}
     return go.layout.Template(
         layout={
             "font": {"family": "Inter, system-ui, Segoe UI, Helvetica, Arial, sans-serif", "size": 13},
