@@ -332,8 +332,8 @@ def _note_lines(note: str) -> list[str]:
 
 
 def _wrapped_words(text: str, width: int) -> list[str]:
-    """Lines of at most `width`; a number stays with its interval and an n with its number."""
-    kept = re.sub(r" (?=\[)|(?<=\d,) (?=[-+\d])|(?<=\bn) (?==)|(?<=n =) ", "\u00a0", text)
+    """Lines of at most `width`; a name, its number and its interval stay together, as does "n = 60"."""
+    kept = re.sub(r" (?=[-+]?[\d.]+ \[)| (?=\[)|(?<=\d,) (?=[-+\d])|(?<=\bn) (?==)|(?<=n =) ", "\u00a0", text)
     return [line.replace("\u00a0", " ") for line in wrap(kept, width)]
 
 
