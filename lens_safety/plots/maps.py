@@ -1,5 +1,7 @@
 """Maps: dimensions by layers, layers by layers, one model's depth by another's."""
 
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
 import torch
@@ -31,11 +33,11 @@ def dimension_map(vectors: ContentVectors, *, k: int = 20) -> go.Figure:
             "v<sub>d</sub> / ‖v‖",
         )
     )
-    figure.update_xaxes(title_text="layer (resid_post)", type="category", showgrid=False)
+    figure.update_xaxes(_layer_ticks(vectors), title_text="layer (resid_post)")
     figure.update_yaxes(title_text="dimension", type="category", autorange="reversed", showgrid=False)
     figure.update_yaxes(tickfont_size=10, dtick=1)
     note = f"{provenance(vectors)} · these {k} carry {carried.min():.0%} to {carried.max():.0%} of ‖v‖²"
-    return styled(figure, "The largest dimensions, layer by layer", note, 200 + 20 * k)
+    return styled(figure, "The largest dimensions by layer", note, 200 + 20 * k)
 
 
 def cosine_map(vectors: ContentVectors, other: ContentVectors | None = None) -> go.Figure:
@@ -63,8 +65,8 @@ def cosine_map(vectors: ContentVectors, other: ContentVectors | None = None) -> 
         )
     )
     up, across = _names(vectors, other)
-    figure.update_xaxes(title_text=f"layer, {across}", type="category", showgrid=False)
-    figure.update_yaxes(title_text=f"layer, {up}", type="category", showgrid=False)
+    figure.update_xaxes(_layer_ticks(other), title_text=f"layer, {across}")
+    figure.update_yaxes(_layer_ticks(vectors), title_text=f"layer, {up}")
     models = " and ".join(dict.fromkeys([vectors.model.name, other.model.name]))
     # The cosine of two random directions has standard deviation 1 / sqrt(d_model).
     note = f"{models} · chance: |cos| < {1.96 / np.sqrt(d_model):.2f} for 95% of random directions"
@@ -118,7 +120,7 @@ def depth_map(first: ResidualCache, second: ResidualCache) -> go.Figure:
         f"dots: nearest layer across · shuffled prompts: at most {control:.2f}"
     )
     figure.update_layout(showlegend=False)
-    return styled(figure, "At which depth do two models see alike?", note, 520)
+    return styled(figure, "Where two models see alike", note, 520)
 
 
 def _heat(
@@ -136,6 +138,11 @@ def _heat(
         colorbar={"title": {"text": unit}, "thickness": 12},
         hovertemplate=hover,
     )
+
+
+def _layer_ticks(vectors: ContentVectors) -> dict[str, Any]:
+    """Even cells for any layers; every fifth is named where a narrow page has no room for all."""
+    return {"type": "category", "showgrid": False, "dtick": 5 if len(vectors.layers) > 12 else 1}
 
 
 def _names(vectors: ContentVectors, other: ContentVectors) -> tuple[str, str]:

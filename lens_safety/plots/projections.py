@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from html import escape
 from textwrap import shorten, wrap
-from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -28,9 +27,11 @@ from .style import (
     styled,
 )
 
-Way = Literal["pca", "lda"]
-Colouring = Literal["label", "kind", "category", "language"]
 _AXES = ("x", "y", "z")
+# The titles of a cube's axes lie aslant and have little room.
+_COMPONENT = {2: "component", 3: "PC"}
+_ORTHOGONAL = {2: "orthogonal component", 3: "orthogonal PC"}
+_OF_VARIANCE = {2: " of variance", 3: ""}
 _SYMBOLS = ("circle", "diamond", "square", "cross", "x")
 _LABELS = {"safe": (SAFE, "circle"), "dangerous": (DANGEROUS, "diamond"), "unlabelled": (CONTROL, "square")}
 _Points = Float[np.ndarray, "prompt axis"]
@@ -40,10 +41,10 @@ _Folds = list[Int[np.ndarray, " row"]]
 def projection(
     cache: ResidualCache,
     *,
-    method: Way = "pca",
+    method: str = "pca",
     layer: int | Sequence[int] | None = None,
     dims: int = 2,
-    colour: Colouring = "label",
+    colour: str = "label",
 ) -> go.Figure:
     """The prompts of a cache as points: a dot a prompt, its text on hover; several layers get a slider.
 
@@ -76,9 +77,14 @@ def projection(
         layer_slider(figure, layers, [view.change(list(rows.values())) for view in views], start)
     for name, text in views[start].axis_titles.items():
         figure.update_layout({name: text})
-    figure.update_layout(legend_itemsizing="constant", scene_aspectmode="cube")
+    figure.update_layout(
+        legend_itemsizing="constant",
+        scene={"aspectmode": "cube", "camera": {"eye": {"x": 1.9, "y": 1.9, "z": 1.1}}},
+    )
+    if dims == 3:
+        figure.update_layout(margin={"l": 4, "r": 4})
     height = (520 if dims == 2 else 640) + (SLIDER if len(layers) > 1 else 0)
-    return styled(figure, views[start].title, views[start].note, height, above=56)
+    return styled(figure, views[start].title, views[start].note, height, above=48)
 
 
 class _View:
@@ -89,15 +95,16 @@ class _View:
         self.dims = dims
         if held_out:
             self.points, shares = _lda(h, cache.prompts, held_out, dims)
-            across = "distance along LDA (resid units,<br>scored by the other folds)"
-            names = [across, *(f"orthogonal component {i + 1}" for i in range(dims - 1))]
+            names = [
+                ("LDA, held out (resid units)" if dims == 2 else "LDA"),
+                *(f"{_ORTHOGONAL[dims]} {i + 1}" for i in range(dims - 1)),
+            ]
         else:
             self.points, shares = _pca(h, dims)
-            shares = [*shares]
-            names = [f"component {i + 1}" for i in range(dims)]
+            names = [f"{_COMPONENT[dims]} {i + 1}" for i in range(dims)]
         if not held_out and cache.prompts.is_labelled:
             self.points = _dangerous_up(self.points, cache.prompts.labels)
-        said = ["" if np.isnan(share) else f" ({share:.0%} of variance)" for share in shares]
+        said = ["" if np.isnan(share) else f" ({share:.0%}{_OF_VARIANCE[dims]})" for share in shares]
         where = ["scene.", ""][dims == 2]
         keys = [f"{where}{axis}axis.title.text" for axis in _AXES[:dims]]
         self.axis_titles = {
@@ -110,7 +117,7 @@ class _View:
         fitted = (
             "across: each prompt scored by folds without its group · up: fitted on these prompts"
             if held_out
-            else "axes fitted on these very prompts, without their labels"
+            else "axes fitted on these very prompts, labels unused"
         )
         self.note = f"{cache.model.name} · {cache.prompts.name}, n = {len(cache)} · {fitted}"
 
@@ -123,7 +130,9 @@ class _View:
         return traces, {"title.text": heading(self.title, self.note)} | titles
 
 
-def _points(prompts: PromptSet, name: str, rows: dict[str, np.ndarray], view: _View) -> go.Scatter:
+def _points(
+    prompts: PromptSet, name: str, rows: dict[str, np.ndarray], view: _View
+) -> go.Scatter | go.Scatter3d:
     """A trace of the prompts that share a name."""
     of = rows[name]
     place = list(rows).index(name)

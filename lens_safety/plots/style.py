@@ -41,7 +41,7 @@ _DARK = {
 TEMPLATES = {"light": "lens_safety", "dark": "lens_safety_dark"}
 TEMPLATE = TEMPLATES["light"]
 CONFIG = {"responsive": True, "displayModeBar": False}
-_TITLE_WIDTH, _NOTE_WIDTH, _LINE = 40, 52, 21
+_TITLE_WIDTH, _NOTE_WIDTH, _LINE = 36, 52, 21
 
 
 def palette(theme: str = "light") -> dict[str, str]:
@@ -75,7 +75,8 @@ def _template(theme: str) -> go.layout.Template:
         "title": {"font": {"size": 12}, "standoff": 8},
         "tickfont": {"size": 12},
     }
-    scene = {name: {"backgroundcolor": c[PAPER], "gridcolor": c[FAINT]} for name in _SCENE}
+    small = {"title": {"font": {"size": 11}}, "tickfont": {"size": 10}, "nticks": 5}
+    scene = {name: small | {"backgroundcolor": c[PAPER], "gridcolor": c[FAINT]} for name in _SCENE}
     return go.layout.Template(
         layout={
             "font": {"family": "Inter, system-ui, Segoe UI, Helvetica, Arial, sans-serif", "size": 13},
@@ -102,7 +103,7 @@ def _template(theme: str) -> go.layout.Template:
             "legend": {"orientation": "h", "bgcolor": "rgba(0, 0, 0, 0)"},
             "sliderdefaults": {
                 "bgcolor": c[FAINT],
-                "bordercolor": c[FAINT],
+                "bordercolor": c[CONTROL],
                 "activebgcolor": c[ACCENT],
                 "tickcolor": c[CONTROL],
                 "font": {"size": 11},
@@ -331,8 +332,8 @@ def _note_lines(note: str) -> list[str]:
 
 
 def _wrapped_words(text: str, width: int) -> list[str]:
-    """Lines of at most `width`; a number stays with its interval and an n with its number."""
-    kept = re.sub(r" (?=\[)|(?<=\d,) (?=[-+\d])|(?<=\bn) (?==)|(?<=n =) ", "\u00a0", text)
+    """Lines of at most `width`; a name, its number and its interval stay together, as does "n = 60"."""
+    kept = re.sub(r" (?=[-+]?[\d.]+ \[)| (?=\[)|(?<=\d,) (?=[-+\d])|(?<=\bn) (?==)|(?<=n =) ", "\u00a0", text)
     return [line.replace("\u00a0", " ") for line in wrap(kept, width)]
 
 

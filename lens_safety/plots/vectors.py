@@ -59,6 +59,8 @@ def vector(vectors: ContentVectors, layer: int | Sequence[int] | None = None, *,
     figure.update_xaxes(title_text="value (resid units)", row=2)
     figure.update_yaxes(title_text="dimensions", row=2, col=1)
     figure.update_yaxes(title_text="dimension", row=2, col=2, tickfont_size=10, type="category")
+    # A slider's new bars would else make numbers of the names of dimensions.
+    figure.update_yaxes(autotypenumbers="strict", row=2, col=2)
     figure.update_annotations(font_size=13)
     figure.update_layout(showlegend=False)
     if len(layers) > 1:
