@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import tokens as tok
-from .kv_cache import Cache
+from .kv_cache import Cache, cache_options
 from .models import (
     borrowed,
     device_of,
@@ -314,7 +314,7 @@ class Decoding:
             run = list(first.values())
             self._rows = torch.tensor([run.index(first[key]) for key in keys], device=device_of(model))
         self._batch = tok.pad(model, encoded, run)
-        self._cache: Any = Cache(model, len(run)) if self._hooked else full_cache()
+        self._cache: Any = Cache.empty(model, len(run)) if self._hooked else full_cache()
         self.running = torch.ones(len(encoded), dtype=torch.bool, device=device_of(model))
 
     def prefill(self, room: int) -> Float[Tensor, "batch d_vocab"]:
@@ -323,7 +323,11 @@ class Decoding:
         places = torch.arange(real.shape[1], device=real.device) - batch.lengths[:, None]
         one = Pass(torch.where(real, places, PAD), batch.content, self._rows, self.running)
         logits = _logits_at(
-            self._model, batch.tokens, batch.lengths[:, None] - 1, one, self._options(batch.tokens)
+            self._model,
+            batch.tokens,
+            batch.lengths[:, None] - 1,
+            one,
+            cache_options(self._cache, batch.tokens),
         )
         self._mask = one.fan_out(real.flip(1))
         if room:
@@ -336,7 +340,7 @@ class Decoding:
         self._mask = torch.cat([self._mask, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
         place = torch.arange(tokens.shape[1], device=tokens.device)[None] + number
         one = Pass(place, torch.zeros_like(place, dtype=torch.bool), None, self.running)
-        options = self._options(tokens)
+        options = cache_options(self._cache, tokens)
         if not self._hooked:
             options["attention_mask"] = self._mask.long()
             if not bool(self._mask.all()):
@@ -349,11 +353,6 @@ class Decoding:
             stack.enter_context(this_pass(one))
             stack.enter_context(borrowed(self._model))
             return _call(self._model, tokens, options)
-
-    def _options(self, tokens: Tokens) -> dict[str, Any]:
-        if self._hooked:
-            return {"past_kv_cache": self._cache, "attention_mask": torch.ones_like(tokens, dtype=torch.int)}
-        return {"past_key_values": self._cache, "use_cache": True}
 
     def _lay_out(self, lengths: Int[Tensor, " row"], room: int) -> None:
         """A row of keys and values for each row of the batch, pads on the left."""

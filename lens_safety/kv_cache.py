@@ -1,18 +1,19 @@
-"""The key/value cache of a `HookedTransformer` that decodes: room laid out once, nothing computed twice.
+"""Key/value caches: of a `HookedTransformer` that decodes, and of a prefix that many prompts share.
 
 TransformerLens' own cache copies all keys and values at each token; its attention turns all keys by their
-rotary angles again and repeats them for every head that shares them.
+rotary angles again and repeats them for every head that shares them. Here room is laid out once and nothing
+is computed twice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .models import device_of
-from .types import ResidualModel
+from .models import device_of, engine_of, full_cache, run_blocks
+from .types import Hook, ResidualModel, Tokens
 
 
 class Entry:
@@ -36,6 +37,11 @@ class Entry:
         self._n = end
         return self._keys[:, :end], self._values[:, :end]
 
+    def expanded(self, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the one row, as views for `n_rows`."""
+        _, *rest = self.past_keys.shape
+        return self.past_keys.expand(n_rows, *rest), self._values[:, : self._n].expand(n_rows, *rest)
+
     def lay_out(self, laid: Callable[[Tensor], Tensor], room: int) -> None:
         """Move everything to memory with room for `room` more tokens; `laid` gives each row its own."""
         for name in ("_keys", "_values"):
@@ -55,18 +61,36 @@ class Entry:
         return self._turned[:, : self._n]
 
 
+class Ahead:
+    """One layer's keys and values of a prefix, in front of those of each row of a pass; none is kept."""
+
+    def __init__(self, prefix: Entry, n_rows: int):
+        self.past_keys, self._values = prefix.expanded(n_rows)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.past_keys, keys], dim=1), torch.cat([self._values, values], dim=1)
+
+
 class Cache:
     """The part of `TransformerLensKeyValueCache` that a `HookedTransformer` asks for."""
 
-    def __init__(self, model: ResidualModel, n_rows: int):
-        cfg = model.cfg
-        shape = (n_rows, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
-        self._entries = [Entry(shape, cfg.dtype, device_of(model)) for _ in range(cfg.n_layers)]
+    def __init__(self, entries: "Sequence[Entry | Ahead]"):
+        self._entries = entries
         self._mask: Tensor | None = None
         self._shadows: list[tuple[Any, dict[str, Callable[..., Tensor]]]] | None = None
 
-    def __getitem__(self, layer: int) -> Entry:
+    @classmethod
+    def empty(cls, model: ResidualModel, n_rows: int) -> "Cache":
+        cfg = model.cfg
+        shape = (n_rows, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+        return cls([Entry(shape, cfg.dtype, device_of(model)) for _ in range(cfg.n_layers)])
+
+    def __getitem__(self, layer: int) -> "Entry | Ahead":
         return self._entries[layer]
+
+    def ahead_of(self, n_rows: int) -> "Cache":
+        """A cache with the one row of this one in front of each of `n_rows`."""
+        return Cache([Ahead(entry, n_rows) for entry in self._entries])
 
     def append_attention_mask(self, mask: Tensor) -> Tensor | None:
         """None, which spares each layer its mask, unless there are pads."""
@@ -100,6 +124,42 @@ class Cache:
             for attention, own in self._shadows:
                 for name in own:
                     attention.__dict__.pop(name, None)
+
+
+class SharedPrefix:
+    """Tokens that many prompts begin with, run once; their keys and values precede each row of a pass."""
+
+    def __init__(
+        self, model: ResidualModel, tokens: Tokens, hooks: Sequence[tuple[str, Hook]], *, last_layer: int
+    ):
+        """`tokens` is one row; `hooks` see its pass."""
+        self._model, self._n, self._last = model, tokens.shape[1], last_layer
+        self._cache = Cache.empty(model, 1) if engine_of(model) == "hooked" else full_cache()
+        run_blocks(model, tokens, hooks, last_layer=last_layer, options=cache_options(self._cache, tokens))
+
+    def run_blocks(self, tokens: Tokens, hooks: Sequence[tuple[str, Hook]]) -> None:
+        """`models.run_blocks` over what follows the prefix, right-padded."""
+        cache = self._in_front_of(len(tokens))
+        options = cache_options(cache, tokens, n_before=self._n)
+        run_blocks(self._model, tokens, hooks, last_layer=self._last, options=options)
+
+    def _in_front_of(self, n_rows: int) -> Any:
+        if isinstance(self._cache, Cache):
+            return self._cache.ahead_of(n_rows)
+        cache = full_cache()
+        for number, layer in enumerate(self._cache.layers):
+            cache.update(*(x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values)), number)
+        return cache
+
+
+def cache_options(cache: Any, tokens: Tokens, *, n_before: int = 0) -> dict[str, Any]:
+    """What a model's forward pass is given for `tokens` without left pads, behind `n_before` cached ones."""
+    if isinstance(cache, Cache):
+        return {"past_kv_cache": cache, "attention_mask": torch.ones_like(tokens, dtype=torch.int)}
+    options = {"past_key_values": cache, "use_cache": True}
+    if n_before:
+        options["attention_mask"] = tokens.new_ones(len(tokens), n_before + tokens.shape[1])
+    return options
 
 
 def _shadow(attention: Any, entry: Entry) -> dict[str, Callable[..., Tensor]]:

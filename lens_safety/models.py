@@ -14,7 +14,7 @@ import socket
 import struct
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -249,11 +249,17 @@ class _Enough(Exception):  # noqa: N818
 
 
 def run_blocks(
-    model: ResidualModel, tokens: Tokens, hooks: Sequence[tuple[str, Hook]], *, last_layer: int
+    model: ResidualModel,
+    tokens: Tokens,
+    hooks: Sequence[tuple[str, Hook]],
+    *,
+    last_layer: int,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """One forward pass over right-padded tokens through block `last_layer`; nothing above it runs.
 
-    Right pads need no mask under causal attention, because no real token looks at them.
+    Right pads need no mask under causal attention, because no real token looks at them. `options` are
+    further arguments of the model's forward pass, such as a key/value cache.
     """
 
     def enough(resid: Tensor, hook: Any) -> None:
@@ -261,10 +267,15 @@ def run_blocks(
 
     with borrowed(model), model.hooks(fwd_hooks=[*hooks, (resid_hook(last_layer), enough)]):
         try:
-            model(tokens, padding_side="right")
+            model(tokens, padding_side="right", **(options or {}))
         except _Enough:
             return
     raise ModelError(f"{resid_hook(last_layer)} never fired; is this a decoder-only model?")
+
+
+def is_hooked(model: ResidualModel) -> bool:
+    """Whether hooks of the caller, or of a `steering` context, are on the model."""
+    return any(point.fwd_hooks for point in model.hook_dict.values())  # type: ignore[attr-defined]
 
 
 def full_logits(model: ResidualModel, tokens: Tokens) -> Float[Tensor, "batch pos d_vocab"]:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from . import tokens as tok
 from .files import building_from, load_tensors, save_tensors
-from .models import ModelFingerprint, check_layers, device_of, fingerprint, resid_hook, run_blocks
+from .models import ModelFingerprint, check_layers, fingerprint
+from .passes import Passes
 from .progress import track
 from .prompts import Prompt, PromptSet, as_prompts
 from .show import card
-from .types import EMBED, FileError, Hook, MismatchError, ResidualModel
+from .types import EMBED, FileError, MismatchError, ResidualModel
 
 BATCH_TOKENS = 2048
 """Padded tokens a batch; small batches of one length keep a CPU's caches and a GPU's memory happy."""
@@ -123,6 +124,7 @@ def residual_streams(
     batch_tokens: int = BATCH_TOKENS,
     store: str | Path | None = None,
     truncate: bool = False,
+    share_prefix: bool = True,
     progress: bool = True,
 ) -> ResidualCache:
     """The residual stream of every layer at one position of every prompt, one forward pass a batch.
@@ -130,13 +132,16 @@ def residual_streams(
     resid[layer, prompt] = sum_pos w[prompt, pos] * hook_resid_post[layer][prompt, pos], with w from
     `position` (see `tokens.weights_of`; "max" is the elementwise maximum over content tokens). The
     reduction happens inside the hook, in float32; no block above the highest layer runs, nor the
-    unembedding. Values do not depend on batch size, order or padding (within float rounding).
+    unembedding, nor a token behind the last one that is read, nor equal prompts twice. Values do not
+    depend on batch size, order, padding or a shared prefix (within float rounding).
 
     Args:
         position: "content_mean", "content_last", "last", "max", an integer, or a callable on
             (token ids, content mask).
         layers: which layers, all by default; rows come in the order given.
         batch_tokens: padded tokens a batch. A batch that runs out of memory is halved and run again.
+        share_prefix: run the tokens that all prompts begin with (a chat template's system message) once.
+            Hooks of yours on the model, and `steering`, see every prompt whole whatever this says.
         store: a folder in which finished batches are kept; a run that was interrupted, or one with
             more prompts, computes only what is missing there.
 
@@ -158,84 +163,20 @@ def residual_streams(
     encoded = tok.encode(model, prompts.texts, template=template, truncate=truncate)
     shards = _Shards(store, made, cut_at=model.cfg.n_ctx if truncate else None)
     missing = shards.fill(made)
-    todo = list(tok.batches(model, [encoded[row] for row in missing], batch_tokens=batch_tokens))
-    for batch in track(todo, f"residual streams of {prompts.name}", progress, size=len):
-        batch = replace(batch, rows=tuple(missing[row] for row in batch.rows))
-        _run_into(made, model, batch, [encoded[row] for row in batch.rows], position)
-        shards.keep(made, batch.rows)
+    passes = Passes(
+        model,
+        [encoded[row] for row in missing],
+        position,
+        [EMBED, *chosen],
+        batch_tokens=batch_tokens,
+        share_prefix=share_prefix,
+    )
+    for batch in track(passes.batches, f"residual streams of {prompts.name}", progress, size=len):
+        for found, streams in passes.run(batch):
+            rows = [missing[number] for number in found]
+            made.embed[rows], made.resid[:, rows] = streams[0], streams[1:]
+            shards.keep(made, rows)
     return made
-
-
-def _run_into(
-    made: ResidualCache,
-    model: ResidualModel,
-    batch: tok.Batch,
-    encoded: list[tok.Encoded],
-    position: tok.Position,
-) -> None:
-    """One forward pass; halve the batch and try again where memory runs out."""
-    try:
-        _one_pass(made, model, batch, encoded, position)
-        return
-    except (RuntimeError, MemoryError) as error:
-        if len(batch) == 1 or not _is_out_of_memory(error):
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    first, second = batch.halves()
-    _run_into(made, model, first, encoded[: len(first)], position)
-    _run_into(made, model, second, encoded[len(first) :], position)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it, the CPU's allocator only a message."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-
-
-def _one_pass(
-    made: ResidualCache,
-    model: ResidualModel,
-    batch: tok.Batch,
-    encoded: list[tok.Encoded],
-    position: tok.Position,
-) -> None:
-    reduce = _reducer(batch, encoded, position, device_of(model))
-    rows = torch.tensor(batch.rows)
-    fired: list[int] = []
-
-    def into(layer: int, target: Tensor) -> tuple[str, Hook]:
-        def hook_fn(resid: Tensor, hook: Any) -> None:
-            target[rows] = reduce(resid).cpu()
-            fired.append(layer)
-
-        return resid_hook(layer), hook_fn
-
-    hooks = [into(EMBED, made.embed)]
-    hooks += [into(layer, made.resid[i]) for i, layer in enumerate(made.layers)]
-    run_blocks(model, batch.tokens, hooks, last_layer=max(made.layers))
-    if sorted(fired) != sorted([EMBED, *made.layers]):
-        raise MismatchError(
-            f"hooks fired {len(fired)} times for {len(made.layers) + 1} residual streams: another hook "
-            "on this model interferes; reset its hooks"
-        )
-
-
-def _reducer(
-    batch: tok.Batch, encoded: list[tok.Encoded], position: tok.Position, device: torch.device
-) -> Any:
-    """A function from `[batch pos d_model]` to `[batch d_model]`, in float32."""
-    if position == "max":
-        outside = ~batch.content[:, :, None]
-        return lambda resid: resid.float().masked_fill(outside, -torch.inf).amax(dim=1)
-    weights = np.zeros(tuple(batch.tokens.shape), dtype=np.float32)
-    for i, one in enumerate(encoded):
-        weights[i, : len(one)] = tok.weights_of(one, position)
-    if ((weights > 0).sum(axis=1) == 1).all():
-        place = torch.from_numpy(weights.argmax(axis=1)).to(device)
-        every = torch.arange(len(batch), device=device)
-        return lambda resid: resid[every, place].float()
-    w = torch.from_numpy(weights).to(device)[:, None, :]
-    return lambda resid: torch.bmm(w, resid.float())[:, 0]
 
 
 class _Shards:

@@ -36,6 +36,14 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first(self, n: int) -> "Encoded":
+        """The first n tokens."""
+        return Encoded(self.ids[:n], self.content[:n])
+
+    def after(self, n: int) -> "Encoded":
+        """What follows the first n tokens."""
+        return Encoded(self.ids[n:], self.content[n:])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -236,6 +244,15 @@ def pad(model: ResidualModel, encoded: Sequence[Encoded], rows: Sequence[int]) -
         lengths,
         tuple(rows),
     )
+
+
+def shared_prefix(encoded: Sequence[Encoded]) -> int:
+    """How many tokens all prompts begin with, short of the last one of the shortest."""
+    if len(encoded) < 2:
+        return 0
+    n = min(len(one) for one in encoded) - 1
+    same = np.all(np.stack([one.ids[:n] for one in encoded]) == encoded[0].ids[:n], axis=0)
+    return n if same.all() else int(same.argmin())
 
 
 def real_tokens(batch: Batch) -> TokenMask:

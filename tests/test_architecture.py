@@ -18,7 +18,7 @@ LEVELS = {
     **dict.fromkeys(["operators", "show"], 1),
     **dict.fromkeys(["models"], 2),
     **dict.fromkeys(["tokens"], 3),
-    **dict.fromkeys(["residuals", "kv_cache", "decoding"], 4),
+    **dict.fromkeys(["residuals", "passes", "kv_cache", "decoding"], 4),
     **dict.fromkeys(["directions"], 5),
     **dict.fromkeys(["separation", "scorers", "detect", "plans", "steer", "exchange", "attribute"], 6),
     **dict.fromkeys(["evaluate", "baselines", "audit", "responses", "sweep", "guard", "readings"], 7),
@@ -27,6 +27,8 @@ LEVELS = {
 }
 BESIDE = {
     "decoding": {"kv_cache"},
+    "passes": {"kv_cache"},
+    "residuals": {"passes"},
     "metrics": {"files", "progress", "intervals"},
     "prompts": {"files", "progress", "public_sets", "show"},
     "public_sets": {"files"},

@@ -11,7 +11,7 @@ import torch
 from conftest import TEXTS, every_position, labelled, planted_cache
 
 import lens_safety as ls
-from lens_safety import files, residuals
+from lens_safety import files, passes, residuals
 from lens_safety.files import save_tensors
 from lens_safety.models import Engine, resid_hook
 from lens_safety.residuals import ResidualCache
@@ -131,7 +131,7 @@ def test_other_texts_of_the_batch_do_not_reach_a_prompt(tiny, template):
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 def test_a_batch_is_one_forward_pass_for_all_layers(tiny, batch_tokens: int):
     with rows_of_passes(tiny) as rows, calls(tiny, "blocks.0") as blocks:
-        streams(tiny, batch_tokens=batch_tokens)
+        streams(tiny, position="last", batch_tokens=batch_tokens, share_prefix=False)
     made = list(batches(tiny, encode(tiny, TEXTS), batch_tokens=batch_tokens))
     assert rows == [len(batch) for batch in made]
     assert len(blocks) == len(made)
@@ -239,7 +239,7 @@ def test_empty_and_too_long_prompts_are_refused_by_name(tiny):
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, limit: int, error: type[BaseException]):
     """Batches of more than `limit` rows fail inside the model; the sizes that were tried."""
-    real, tried = residuals.run_blocks, []
+    real, tried = passes.run_blocks, []
 
     def run(model, tokens, hooks, *, last_layer):
         tried.append(len(tokens))
@@ -247,7 +247,7 @@ def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, limit: int, error: type
             raise error
         real(model, tokens, hooks, last_layer=last_layer)
 
-    monkeypatch.setattr(residuals, "run_blocks", run)
+    monkeypatch.setattr(passes, "run_blocks", run)
     return tried
 
 
@@ -258,7 +258,7 @@ def test_a_batch_that_is_out_of_memory_is_halved(
 ):
     want = streams(tiny, position=position)
     tried = out_of_memory_above(monkeypatch, 2, error)
-    got = streams(tiny, position=position)
+    got = streams(tiny, position=position, share_prefix=False)
     assert tried == [5, 2, 3, 1, 2]
     assert drift(got, want) < 1e-4
 
@@ -266,14 +266,14 @@ def test_a_batch_that_is_out_of_memory_is_halved(
 def test_one_prompt_that_is_out_of_memory_raises(tiny, monkeypatch: pytest.MonkeyPatch):
     tried = out_of_memory_above(monkeypatch, 0, torch.OutOfMemoryError)
     with pytest.raises(torch.OutOfMemoryError):
-        streams(tiny)
+        streams(tiny, share_prefix=False)
     assert tried == [5, 2, 1]
 
 
 def test_another_error_is_not_tried_again(tiny, monkeypatch: pytest.MonkeyPatch):
     tried = out_of_memory_above(monkeypatch, 0, ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
-        streams(tiny)
+        streams(tiny, share_prefix=False)
     assert tried == [5]
 
 
@@ -289,7 +289,7 @@ def test_no_hook_stays_behind_also_after_an_exception(tiny, monkeypatch: pytest.
         assert hooks_on(tiny) > 0
         raise ZeroDivisionError
 
-    monkeypatch.setattr(residuals, "_reducer", lambda *_: fail)
+    monkeypatch.setattr(passes.Passes, "_reducer", lambda *_: fail)
     with pytest.raises(ZeroDivisionError):
         streams(tiny)
     assert hooks_on(tiny) == 0
@@ -302,7 +302,7 @@ def test_a_hook_of_the_callers_own_works_and_stays(tiny):
         steered = streams(tiny)
         again = streams(tiny)
         assert hooks_on(tiny) == before > 0
-    assert torch.equal(steered.resid[0], plain.resid[0])
+    torch.testing.assert_close(steered.resid[0], plain.resid[0])
     torch.testing.assert_close(steered.resid[1], plain.resid[1] + 1)
     assert torch.equal(again.resid, steered.resid)
     assert torch.equal(streams(tiny).resid, plain.resid)
@@ -328,12 +328,13 @@ def test_one_more_prompt_is_one_more_row(tiny, tmp_path: Path):
 
 def test_what_shapes_a_row_has_a_store_of_its_own(tiny, tmp_path: Path):
     streams(tiny, store=tmp_path)
-    for options in (
+    for chosen in (
         {"position": "last"},
         {"template": "raw"},
         {"layers": [0]},
         {"position": "last", "template": "raw"},
     ):
+        options = {**chosen, "share_prefix": False}
         with rows_of_passes(tiny) as rows:
             got = streams(tiny, store=tmp_path, **options)
         assert sum(rows) == 5
@@ -344,7 +345,7 @@ def test_a_store_is_not_shared_by_two_models(engine: Engine, tiny, tiny_folders,
     streams(tiny, store=tmp_path)
     half = ls.load_model(tiny_folders["llama"], engine=engine, dtype="bfloat16")
     with rows_of_passes(half) as rows:
-        streams(half, store=tmp_path)
+        streams(half, store=tmp_path, share_prefix=False)
     assert sum(rows) == 5
 
 
@@ -361,20 +362,21 @@ def test_a_prompt_cut_for_a_shorter_context_is_not_taken_for_the_longer_one(
 
 
 def test_an_interrupted_run_keeps_its_finished_batches(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    want, real, done = streams(tiny, batch_tokens=1), residuals._one_pass, []
+    options = {"batch_tokens": 1, "share_prefix": False}
+    want, real, done = streams(tiny, **options), passes.Passes._one_pass, []
 
     def interrupted(*args):
         if len(done) == 2:
             raise KeyboardInterrupt
-        real(*args)
         done.append(1)
+        return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(residuals, "_one_pass", interrupted)
+        patch.setattr(passes.Passes, "_one_pass", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            streams(tiny, store=tmp_path, batch_tokens=1)
+            streams(tiny, store=tmp_path, **options)
     with rows_of_passes(tiny) as rows:
-        got = streams(tiny, store=tmp_path, batch_tokens=1)
+        got = streams(tiny, store=tmp_path, **options)
     assert rows == [1, 1, 1]
     assert torch.equal(everything(got), everything(want))
 
