@@ -9,6 +9,7 @@ from .detection import (
     transfer_matrix,
 )
 from .layers import layer_curve
+from .profiles import layer_profile
 from .steering import dose_response, operators, prompt_slopes, steering_map
 from .style import fragment, plotly_js, save_html, save_image
 from .vectors import tone_and_content, top_dimensions, vector
@@ -19,6 +20,7 @@ __all__ = [
     "fragment",
     "label_curve",
     "layer_curve",
+    "layer_profile",
     "operators",
     "plotly_js",
     "prompt_slopes",
