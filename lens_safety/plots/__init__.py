@@ -11,7 +11,7 @@ from .detection import (
 from .layers import layer_curve
 from .profiles import layer_profile
 from .steering import dose_response, operators, prompt_slopes, steering_map
-from .style import fragment, plotly_js, save_html, save_image
+from .style import fragment, plotly_js, save_html, save_image, themed
 from .vectors import tone_and_content, top_dimensions, vector
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "score_distribution",
     "shortcut_audit",
     "steering_map",
+    "themed",
     "tone_and_content",
     "tone_cells",
     "top_dimensions",

@@ -1,11 +1,13 @@
 """The house style, and figures as files.
 
 Blue is safe, vermilion is dangerous, grey is a control or chance (Okabe and Ito's colour-blind safe
-palette).
+palette). On dark paper the same hues are lighter.
 """
 
 import re
+from html import escape
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -15,46 +17,127 @@ import plotly.io as pio
 
 from ..directions import ContentVectors
 from ..files import atomic_path, write_text
-from ..types import OptionError
+from ..types import OptionError, one_of
 
 SAFE, DANGEROUS, CONTROL, ACCENT, SECOND = "#0072B2", "#D55E00", "#8A8F98", "#009E73", "#CC79A7"
-COLOURS = (SAFE, DANGEROUS, ACCENT, SECOND, CONTROL, "#E69F00")
-INK, FAINT, PAPER = "#1F2933", "#E4E7EB", "#FFFFFF"
-TEMPLATE = "lens_safety"
-DIVERGING = [(0, SAFE), (0.5, PAPER), (1, DANGEROUS)]
-CONFIG = {"responsive": True, "displayModeBar": False}
-_AXIS = {
-    "gridcolor": FAINT,
-    "zeroline": False,
-    "title": {"font": {"size": 12}, "standoff": 8},
-    "tickfont": {"size": 12},
+SIXTH = "#E69F00"
+COLOURS = (SAFE, DANGEROUS, ACCENT, SECOND, CONTROL, SIXTH)
+INK, SOFT, FAINT, PAPER = "#1F2933", "#52606D", "#E4E7EB", "#FFFFFF"
+_DARK = {
+    SAFE: "#56B4E9",
+    DANGEROUS: "#FF8A45",
+    CONTROL: "#98A1AC",
+    ACCENT: "#2CC295",
+    SECOND: "#E5A3CB",
+    SIXTH: "#F2C14E",
+    INK: "#E8ECF0",
+    SOFT: "#A9B4BF",
+    FAINT: "#2E3843",
+    PAPER: "#151B22",
 }
+"""What stands for each colour on dark paper: the same hue, lighter; ink and paper change places."""
 
-pio.templates[TEMPLATE] = go.layout.Template(
-    layout={
-        "font": {"family": "Inter, system-ui, Segoe UI, Helvetica, Arial, sans-serif", "size": 13},
-        "font_color": INK,
-        "title": {
-            "font": {"size": 16},
-            "x": 0,
-            "xref": "container",
-            "xanchor": "left",
-            "y": 1,
-            "yref": "container",
-            "yanchor": "top",
-            "pad": {"l": 12, "t": 18},
-        },
-        "paper_bgcolor": PAPER,
-        "plot_bgcolor": PAPER,
-        "colorway": [SAFE, DANGEROUS, ACCENT, SECOND, CONTROL],
-        "margin": {"l": 64, "r": 20, "b": 52},
-        "xaxis": _AXIS | {"ticks": "outside", "tickcolor": CONTROL, "tickangle": 0},
-        "yaxis": _AXIS | {"automargin": True},
-        "annotationdefaults": {"font": {"size": 12}},
-        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1},
-        "hoverlabel": {"align": "left"},
+TEMPLATES = {"light": "lens_safety", "dark": "lens_safety_dark"}
+TEMPLATE = TEMPLATES["light"]
+CONFIG = {"responsive": True, "displayModeBar": False}
+_TITLE_WIDTH, _NOTE_WIDTH, _LINE = 40, 52, 21
+
+
+def palette(theme: str = "light") -> dict[str, str]:
+    """The theme's colour for each of the light colours. Raises `OptionError` for another theme."""
+    one_of(theme, list(TEMPLATES), "theme")
+    return dict(_DARK) if theme == "dark" else {colour: colour for colour in _DARK}
+
+
+def diverging(theme: str = "light") -> list[tuple[float, str]]:
+    """The colour scale of signed values: its middle, to be put on 0 or on chance, is the theme's paper."""
+    colours = palette(theme)
+    return [(0.0, colours[SAFE]), (0.5, colours[PAPER]), (1.0, colours[DANGEROUS])]
+
+
+def sequential(theme: str = "light") -> list[tuple[float, str]]:
+    """The colour scale of values from 0, which is the theme's paper."""
+    colours = palette(theme)
+    return [(0.0, colours[PAPER]), (1.0, colours[ACCENT])]
+
+
+DIVERGING, SEQUENTIAL = diverging(), sequential()
+
+
+def _template(theme: str) -> go.layout.Template:
+    c = palette(theme)
+    axis = {
+        "gridcolor": c[FAINT],
+        "linecolor": c[FAINT],
+        "zerolinecolor": c[FAINT],
+        "zeroline": False,
+        "title": {"font": {"size": 12}, "standoff": 8},
+        "tickfont": {"size": 12},
     }
-)
+    scene = {name: {"backgroundcolor": c[PAPER], "gridcolor": c[FAINT]} for name in _SCENE}
+    return go.layout.Template(
+        layout={
+            "font": {"family": "Inter, system-ui, Segoe UI, Helvetica, Arial, sans-serif", "size": 13},
+            "font_color": c[INK],
+            "title": {
+                "font": {"size": 16},
+                "x": 0,
+                "xref": "container",
+                "xanchor": "left",
+                "y": 1,
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"l": 12, "t": 18},
+            },
+            "paper_bgcolor": c[PAPER],
+            "plot_bgcolor": c[PAPER],
+            "colorway": [c[name] for name in COLOURS],
+            "colorscale": {"diverging": diverging(theme), "sequential": sequential(theme)},
+            "margin": {"l": 64, "r": 20, "b": 52},
+            "xaxis": axis | {"ticks": "outside", "tickcolor": c[CONTROL], "tickangle": 0},
+            "yaxis": axis | {"automargin": True},
+            "scene": scene,
+            "annotationdefaults": {"font": {"size": 12}},
+            "legend": {"orientation": "h", "bgcolor": "rgba(0, 0, 0, 0)"},
+            "sliderdefaults": {
+                "bgcolor": c[FAINT],
+                "bordercolor": c[FAINT],
+                "activebgcolor": c[ACCENT],
+                "tickcolor": c[CONTROL],
+                "font": {"size": 11},
+            },
+            "hoverlabel": {
+                "align": "left",
+                "bgcolor": c[PAPER],
+                "bordercolor": c[CONTROL],
+                "font": {"color": c[INK]},
+            },
+        }
+    )
+
+
+_SCENE = ("xaxis", "yaxis", "zaxis")
+for _theme, _name in TEMPLATES.items():
+    pio.templates[_name] = _template(_theme)
+
+
+def themed(figure: go.Figure, theme: str) -> go.Figure:
+    """A new figure in the theme "light" or "dark"; the given one stays as it is.
+
+    The template changes, and so does each house colour that a trace, shape, slider or note carries.
+    Raises `OptionError` for another theme.
+    """
+    meant = palette(theme)
+    changes = {ours.lower(): meant[light] for light in meant for ours in (light, _DARK[light])}
+    parts = figure.to_dict()
+    layout = dict(parts["layout"])
+    layout.pop("template", None)
+    made = {
+        "data": _recoloured(parts["data"], changes),
+        "layout": _recoloured(layout, changes, notes=True),
+        "frames": _recoloured(parts.get("frames", []), changes),
+    }
+    return go.Figure(made).update_layout(template=TEMPLATES[theme])
 
 
 def save_html(figure: go.Figure, path: str | Path) -> Path:
@@ -100,18 +183,35 @@ def plotly_js() -> str:
 
 
 def styled(figure: go.Figure, title: str, note: str, height: int, *, above: int = 16) -> go.Figure:
-    """House style; `above` is the room in pixels for what stands between the title and the axes."""
-    lines = [""]
-    for part in note.split(" · "):
-        longer = f"{lines[-1]} · {part}" if lines[-1] else part
-        if len(longer) <= 62:
-            lines[-1] = longer
-        else:
-            lines.append(part)
-    small = "".join(f"<br><span style='font-size:12px;color:#52606D'>{line}</span>" for line in lines)
-    top = 44 + 17 * len(lines) + above
-    figure.update_layout(template=TEMPLATE, height=height, margin_t=top, title_text=f"<b>{title}</b>{small}")
+    """House style; `above` is the room in pixels for what stands between the title and the axes.
+
+    Title and note are plain text; they break into lines that fit a page 390 pixels wide (a note best
+    at its " · "). A legend stands below them and moves the axes down where it needs several rows.
+    Heights: two lines of note are counted in `height`, further lines add to it.
+    """
+    lines = len(_title_lines(title)) + len(_note_lines(note))
+    bottom = 38 + _LINE * (lines - 1)
+    height += _LINE * max(0, lines - 3)
+    # The clear border keeps the lowest row of the legend off what is written above the axes.
+    border = 16
+    legend = {"xref": "container", "x": 0, "xanchor": "left", "yref": "container", "yanchor": "top"}
+    figure.update_layout(
+        template=TEMPLATE,
+        height=height,
+        margin_t=bottom + above,
+        title_text=heading(title, note),
+        legend=legend | {"y": 1 - (bottom - border + 4) / height, "borderwidth": border},
+        legend_bordercolor="rgba(0, 0, 0, 0)",
+    )
     return figure
+
+
+def heading(title: str, note: str) -> str:
+    """The text of a figure's title: bold lines, then the note's in smaller, softer type."""
+    bold = "<br>".join(f"<b>{escape(line, quote=False)}</b>" for line in _title_lines(title))
+    style = f"font-size:12px;color:{SOFT}"
+    small = (f"<br><span style='{style}'>{escape(line, quote=False)}</span>" for line in _note_lines(note))
+    return bold + "".join(small)
 
 
 def line(
@@ -170,3 +270,52 @@ def provenance(vectors: ContentVectors) -> str:
         f"{vectors.model.name} · {vectors.source} ({vectors.n_safe} safe, {vectors.n_dangerous} dangerous)"
         f" · {vectors.position} · orange = higher for dangerous"
     )
+
+
+def _title_lines(title: str) -> list[str]:
+    return _wrapped_words(title, _TITLE_WIDTH) or [""]
+
+
+def _note_lines(note: str) -> list[str]:
+    """Whole parts as long as they fit a line; a part that is longer than a line breaks between words."""
+    lines = [""]
+    for part in note.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(longer) <= _NOTE_WIDTH:
+            lines[-1] = longer
+        else:
+            lines += _wrapped_words(part, _NOTE_WIDTH)
+    return [line for line in lines if line] or [""]
+
+
+def _wrapped_words(text: str, width: int) -> list[str]:
+    """Lines of at most `width`; a number stays with its interval and an n with its number."""
+    kept = re.sub(r" (?=\[)|(?<=\d,) (?=[-+\d])|(?<=\bn) (?==)|(?<=n =) ", "\u00a0", text)
+    return [line.replace("\u00a0", " ") for line in wrap(kept, width)]
+
+
+def _recoloured(value: Any, changes: dict[str, str], *, colour: bool = False, notes: bool = False) -> Any:
+    """A copy with the house colours changed: in whatever is called a colour, and in the layout's notes."""
+    if isinstance(value, dict):
+        return {
+            key: _recoloured(part, changes, colour=colour or "color" in str(key), notes=notes)
+            for key, part in value.items()
+        }
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_recoloured(part, changes, colour=colour, notes=notes) for part in value]
+    if isinstance(value, str) and colour:
+        return _recoloured_name(value, changes)
+    if isinstance(value, str) and notes:
+        return re.sub(r"(?<=color:)#\w{6}", lambda found: changes.get(found[0].lower(), found[0]), value)
+    return value
+
+
+def _recoloured_name(colour: str, changes: dict[str, str]) -> str:
+    """Another house colour for "#0072B2" or for "rgba(0, 114, 178, 0.18)"; any other is kept."""
+    parts = re.fullmatch(r"rgba\((\d+), ?(\d+), ?(\d+), ?([\d.]+)\)", colour)
+    if parts is None:
+        return changes.get(colour.lower(), colour)
+    named = changes.get("#{:02x}{:02x}{:02x}".format(*map(int, parts.groups()[:3])))
+    return pale(named, float(parts[4])) if named else colour
