@@ -38,6 +38,7 @@ BESIDE = {
     "sweep": {"baselines", "responses"},
     "report": {"plots"},
     "study": {"report", "plots"},
+    "cli": {"dashboard"},
 }
 DOORS = {
     "transformer_lens": {"models"},

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,8 @@ testing = pytest.importorskip("streamlit.testing.v1", reason="needs the extra da
 
 MARKUP = '<img src=x onerror="alert(1)"> **bold** ![i](http://example.org/i.png) $x$ </script>'
 PROMPT = "how do I make a cake"
+OF_STREAMLIT = ("Unrecognized feature", "An iframe which has both allow-scripts and allow-same-origin")
+"""Chromium's remarks on the attributes that Streamlit gives every iframe."""
 
 
 @pytest.fixture(scope="module")
@@ -335,8 +338,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
         max_new_tokens=3,
         progress=False,
     )
-    for name in ("first", "second"):
-        study.save(folder / name)
+    study.save(folder / "first")
+    shutil.copytree(folder / "first", folder / "second")
     study.steering.save(folder / "swept" / "sweep.json")
     study.steering.to_frame().to_csv(folder / "swept" / "sweep.csv")
     (folder / "broken").mkdir()
@@ -435,7 +438,7 @@ def test_the_app_opens_on_detect_with_every_page(tiny_folder, kept, monkeypatch,
 def test_a_model_that_is_not_there_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [str(server.SCRIPT), "--model", str(tmp_path / "no_model")])
     app = quiet(testing.AppTest.from_file(server.SCRIPT, default_timeout=60).run())
-    assert "no" in app.error[0].value
+    assert "no_model" in app.error[0].value.replace("\\", "")
     assert not app.header
 
 
@@ -525,7 +528,7 @@ def test_detect_and_steer_in_a_browser(tmp_path):
         page.goto(address)
         detect_in(page)
         steer_in(page, address)
-        assert heard.errors == []
+        assert [text for text in heard.errors if not text.startswith(OF_STREAMLIT)] == []
         assert heard.left == []
         assert sockets
         assert all(one.startswith(address.replace("http", "ws")) for one in sockets)
@@ -543,7 +546,7 @@ def detect_in(page: Any) -> None:
         (MARKUP, None),
     ):
         page.get_by_label("Prompt", exact=True).fill(text)
-        page.get_by_role("button", name="Detect").click()
+        page.get_by_role("button", name="Detect", exact=True).click()
         card = page.locator(".ls-verdict").filter(has_text=text)
         card.wait_for()
         word = card.locator("b").inner_text()
@@ -558,15 +561,19 @@ def detect_in(page: Any) -> None:
 def steer_in(page: Any, address: str) -> None:
     """Run, move the multiplier, see another text."""
     page.get_by_role("link", name="Steer").click()
-    page.get_by_role("button", name="Write").wait_for()
+    write = page.get_by_role("button", name="Write", exact=True)
+    write.wait_for()
     texts = []
     for presses in (0, 6):
-        slider = page.get_by_role("slider", name="Multiplier")
+        slider = page.get_by_test_id("stSlider").filter(has_text="Multiplier").get_by_role("slider")
         slider.focus()
         for _ in range(presses):
             slider.press("ArrowLeft")
-        page.get_by_role("button", name="Write").click()
-        page.get_by_text(f"multiplier {4 - presses / 2:+g}").wait_for()
+        multiplier = 4 - presses / 2
+        page.get_by_text(f"multiplier {multiplier:g} is a dose").wait_for()
+        write.click()
+        page.get_by_text(f"multiplier {multiplier:+g}", exact=True).wait_for()
+        page.locator("[data-test-script-state='notRunning']").wait_for()
         page.get_by_text("KL(unsteered").wait_for()
         cards = page.locator(".ls-text")
         assert cards.count() == 3

@@ -39,7 +39,7 @@ class Step(NamedTuple):
 def steps(text: str) -> list[Step]:
     """The instructions of a Dockerfile, comments left out and continued lines joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     return [
         Step(word.upper(), rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines())
     ]

@@ -101,17 +101,18 @@ def in_browser(rounds: int) -> dict[str, list[float]]:
             text = f"{PROMPTS[number % len(PROMPTS)]} {number}"
             page.get_by_label("Prompt", exact=True).fill(text)
             started = time.perf_counter()
-            page.get_by_role("button", name="Detect").click()
+            page.get_by_role("button", name="Detect", exact=True).click()
             page.locator(".ls-verdict").filter(has_text=text).wait_for()
             found["detect_seconds"].append(time.perf_counter() - started)
         page.get_by_role("link", name="Steer").click()
         for _ in range(max(3, rounds // 4) + 1):
-            slider = page.get_by_role("slider", name="Multiplier")
+            slider = page.get_by_test_id("stSlider").filter(has_text="Multiplier").get_by_role("slider")
             slider.press("ArrowLeft")
-            name = f"multiplier {float(slider.get_attribute('aria-valuenow') or 0):+g}"
+            multiplier = float(slider.get_attribute("aria-valuenow") or 0)
+            page.get_by_text(f"multiplier {multiplier:g} is a dose").wait_for()
             started = time.perf_counter()
-            page.get_by_role("button", name="Write").click()
-            page.get_by_text(name).wait_for()
+            page.get_by_role("button", name="Write", exact=True).click()
+            page.get_by_text(f"multiplier {multiplier:+g}", exact=True).wait_for()
             found["first_token_seconds"].append(time.perf_counter() - started)
             page.get_by_text("KL(unsteered").wait_for()
     return {name: values[1:] for name, values in found.items()}

@@ -3,6 +3,7 @@
 import pandas as pd
 import streamlit as st
 
+from ..evaluate import DetectorComparison
 from ..plots import comparison, dose_response
 from ..responses import SteeringSweep
 from . import parts, work
@@ -56,9 +57,7 @@ def studies(runs: list[work.Run]) -> None:
     )
     if not chosen:
         return
-    kept = work.DetectorComparison(
-        found.frame.loc[found.frame["detector"].isin(chosen)], found.model, found.seed
-    )
+    kept = DetectorComparison(found.frame.loc[found.frame["detector"].isin(chosen)], found.model, found.seed)
     drawing = comparison(kept, measure=measure)
     parts.figure(drawing, "comparison")
     shown = kept.overall[[name for name in _SHOWN if name in kept.overall]]

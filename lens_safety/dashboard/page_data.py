@@ -32,5 +32,5 @@ def show(session: parts.Session) -> None:
             part = st.selectbox(by[0].capitalize(), [_ANY, *sorted(set(frame[by[0]]))], key=f"{name} {by[0]}")
             shown = shown if part == _ANY else shown.loc[shown[by[0]] == part]
         st.caption(f"{len(shown):,} of {len(frame):,} prompts.")
-        used = [column for column in _COLUMNS if (shown[column] != "").any()]
+        used = [column for column in _COLUMNS if (frame[column] != "").any()]
         parts.table(shown[used], "prompts")

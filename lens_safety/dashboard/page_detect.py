@@ -105,7 +105,7 @@ def tokens(session: parts.Session, reading: work.Reading) -> None:
     except LensSafetyError as error:
         st.info(parts.escaped(str(error)))
         return
-    parts.frame_of(token_view(scores).page(), 300)
+    parts.frame_of(token_view(scores).page())
     with st.expander("Scores of the tokens as a table"):
         frame = scores.of(0, "detector")[["token", "score", "running"]]
         parts.table(frame, "tokens", {"score": "%.3f", "running": "%.3f"})

@@ -80,8 +80,8 @@ def fill(places: list[Any], texts: list[str]) -> None:
 def write(session: parts.Session, prompt: str, strength: work.Strength, length: int) -> dict[str, Any]:
     """Continue the prompt, showing each token as it comes."""
     texts, started, first = [""] * len(work.ROWS), time.perf_counter(), 0.0
+    plans = work.steered_plans(session.model, session.vectors(), strength)
     with session.own.lock:
-        plans = work.steered_plans(session.model, session.vectors(), strength)
         # Closed before the lock is given back: a click in the middle of a text ends this run of the page.
         with closing(work.written(session.model, prompt, plans, max_new_tokens=length)) as pieces:
             # The first token before the cards, so that a prompt that cannot be read leaves none empty.

@@ -56,7 +56,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model and its lock: hooks are set on the model itself, so that one visitor at a time runs it."""
+    """The model and its lock: hooks are set on the model itself, so that one visitor at a time runs it.
+
+    Nothing that is cached is asked for while the lock is held: the cache has locks of its own.
+    """
 
     model: Any
     lock: Any
@@ -116,11 +119,10 @@ def neutral_of(_own: Loaded, model: str) -> list[Continued]:
         return continued(_own.model)
 
 
-@st.cache_resource(max_entries=2, show_spinner="Looking for detectors …")
+@st.cache_resource(max_entries=4, ttl=60, show_spinner="Looking for detectors …")
 def detectors_of(_own: Loaded, model: str, runs: str) -> dict[str, Detector]:
     """The model's own detector, and those of its runs on disk."""
-    with _own.lock:
-        first = work.own_detector(_own.model, training(_own, model, "content", MOST))
+    first = work.own_detector(_own.model, training(_own, model, "content", MOST))
     return {f"{first.name} (fitted on {first.source})": first} | work.saved_detectors(Path(runs), _own.model)
 
 
@@ -239,6 +241,6 @@ def words(labels: Sequence[bool | None]) -> list[str]:
     return ["none" if label is None else "dangerous" if label else "safe" for label in labels]
 
 
-def frame_of(content: str, height: int) -> None:
+def frame_of(content: str) -> None:
     """A page of its own inside the page (a circuitsvis view), which loads nothing from elsewhere."""
-    st.iframe(content, height=height)
+    st.iframe(content, height="content")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def drawn(prompts: PromptSet, most: int, *, seed: int = 0) -> PromptSet:
 
 def set_names(*, both_classes: bool = False) -> list[str]:
     """The sets that can be read without a network: built-in ones, then public ones that are here."""
-    built_in = [name for name in BUILT_IN if not both_classes or load_prompts(name).is_labelled]
+    built_in = [name for name in BUILT_IN if not both_classes or _is_labelled(name)]
     public = [entry for name, entry in PUBLIC_SETS.items() if is_here(name)]
     return built_in + [e.name for e in public if not both_classes or 0 < e.dangerous < e.rows]
 
@@ -215,22 +216,7 @@ def is_here(name: str) -> bool:
 
 def set_table() -> pd.DataFrame:
     """Every set: `name`, `prompts`, `labels`, `categories`, `languages`, `licence`, `address`, `here`."""
-    rows = []
-    for name in BUILT_IN:
-        one = load_prompts(name)
-        n = sum(prompt.label is True for prompt in one)
-        rows.append(
-            {
-                "name": name,
-                "prompts": len(one),
-                "labels": f"{n} dangerous, {len(one) - n} safe" if one.is_labelled else "none",
-                "categories": len({p.category for p in one if p.category}),
-                "languages": ", ".join(dict.fromkeys(p.language for p in one)),
-                "licence": "MIT",
-                "address": "built in",
-                "here": True,
-            }
-        )
+    rows = [_built_in_row(name) for name in BUILT_IN]
     public = public_sets().rename(columns={"rows": "prompts"})
     public["here"] = [is_here(name) for name in public["name"]]
     return pd.concat(
@@ -281,7 +267,7 @@ def detection_of(runs: Sequence[Run]) -> DetectorComparison:
     frames = []
     for run in runs:
         frame = read_table(run.folder / "detection.csv")
-        if missing := {"detector", "set", "by", "auroc", "auroc_low", "majority"} - set(frame):
+        if missing := _NEEDED - set(frame):
             raise FileError(f"{run.name}/detection.csv has no column {min(missing)}: make the study again")
         if len(runs) > 1:
             frame["detector"] = [f"{name} ({run.name})" for name in frame["detector"]]
@@ -312,7 +298,31 @@ def saved_detectors(root: Path, model: ResidualModel) -> dict[str, Detector]:
     return found
 
 
+_NEEDED = {"detector", "set", "by", "type", "n_safe", "n_dangerous", "majority"} | {
+    f"{name}{end}" for name in ("auroc", "accuracy") for end in ("", "_low", "_high")
+}
 _TABLE = {"study": "detection.csv", "sweep": "sweep.csv"}
+
+
+@cache
+def _built_in_row(name: str) -> dict[str, Any]:
+    one = load_prompts(name)
+    n = sum(prompt.label is True for prompt in one)
+    return {
+        "name": name,
+        "prompts": len(one),
+        "labels": f"{n} dangerous, {len(one) - n} safe" if one.is_labelled else "none",
+        "categories": len({p.category for p in one if p.category}),
+        "languages": ", ".join(dict.fromkeys(p.language for p in one)),
+        "licence": "MIT",
+        "address": "built in",
+        "here": True,
+    }
+
+
+@cache
+def _is_labelled(built_in: str) -> bool:
+    return load_prompts(built_in).is_labelled
 
 
 def _score(model: ResidualModel, detector: Detector, text: str) -> float:
