@@ -81,16 +81,16 @@ def write(session: parts.Session, prompt: str, strength: work.Strength, length: 
     """Continue the prompt, showing each token as it comes."""
     texts, started, first = [""] * len(work.ROWS), time.perf_counter(), 0.0
     plans = work.steered_plans(session.model, session.vectors(), strength)
-    with session.own.lock:
-        # Closed before the lock is given back: a click in the middle of a text ends this run of the page.
-        with closing(work.written(session.model, prompt, plans, max_new_tokens=length)) as pieces:
-            # The first token before the cards, so that a prompt that cannot be read leaves none empty.
-            texts = next(pieces, texts)
-            first = time.perf_counter() - started
-            places = boxes(strength)
+    # Closed before the lock is given back: a click in the middle of a text ends this run of the page.
+    pieces = closing(work.written(session.model, prompt, plans, max_new_tokens=length))
+    with session.own.lock, pieces as written:
+        # The first token before the cards, so that a prompt that cannot be read leaves none empty.
+        texts = next(written, texts)
+        first = time.perf_counter() - started
+        places = boxes(strength)
+        fill(places, texts)
+        for texts in written:
             fill(places, texts)
-            for texts in pieces:
-                fill(places, texts)
     return {"prompt": prompt, "texts": texts, "plans": plans, "strength": strength, "first": first}
 
 
