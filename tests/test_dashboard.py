@@ -352,6 +352,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
 
 def test_compare_shows_what_lies_on_disk(visit, runs):
     app = visit("Compare", runs)
+    assert not app.error, app.error[0].value
     assert app.dataframe[0].value["run"].tolist() == ["first", "second"]
     assert app.dataframe[0].value["n"].tolist() == [24, 24]
     shown = app.dataframe[1].value

@@ -225,7 +225,9 @@ def verdict_card(word: str, probability: float, text: str) -> None:
 def figure(made: Any, key: str) -> None:
     """A figure of `plots`, in the page's light or dark colours."""
     theme = "dark" if st.context.theme.type == "dark" else "light"
-    st.plotly_chart(plots.themed(made, theme), theme=None, config=CONFIG, key=key, width="stretch")
+    st.plotly_chart(
+        plots.themed(made, theme), theme=None, config=CONFIG, key=f"{key} figure", width="stretch"
+    )
 
 
 def table(frame: pd.DataFrame, key: str, formats: Mapping[str, str] | None = None) -> None:
@@ -233,7 +235,7 @@ def table(frame: pd.DataFrame, key: str, formats: Mapping[str, str] | None = Non
     shown = frame.dropna(axis="columns", how="all")
     given = {name: style for name, style in (formats or {}).items() if name in shown}
     settings = {name: st.column_config.NumberColumn(format=style) for name, style in given.items()}
-    st.dataframe(shown, hide_index=True, key=key, column_config=settings, width="stretch")
+    st.dataframe(shown, hide_index=True, key=f"{key} table", column_config=settings, width="stretch")
 
 
 def words(labels: Sequence[bool | None]) -> list[str]:
