@@ -51,7 +51,7 @@ def studies(runs: list[work.Run]) -> None:
     found = work.detection_of([run for run in runs if run.name in names])
     every = list(dict.fromkeys(found.overall["detector"]))
     few = every if len(names) == 1 else [name for name in every if not name.startswith("tone")]
-    chosen = st.multiselect("Detectors", every, few, key="detectors")
+    chosen = st.multiselect("Detectors", every, few, key=f"detectors {names}")
     measure = (
         st.segmented_control("Measure", ("auroc", "accuracy"), default="auroc", key="measured") or "auroc"
     )
