@@ -72,7 +72,7 @@ def one_page(title: str, model: str, runs: str) -> None:
 
     session = parts.Session(parts.options(["--model", model, "--runs", runs]))
     parts.sidebar(session)
-    PAGES[title][0].show(session)
+    PAGES[title].show(session)
 
 
 def quiet(app: Any) -> Any:

@@ -83,7 +83,7 @@ def one_page(title: str) -> None:
 
     session = parts.Session(parts.options([]))
     parts.sidebar(session)
-    PAGES[title][0].show(session)
+    PAGES[title].show(session)
 
 
 def timed(run: Callable[[], Any]) -> float:

@@ -15,12 +15,12 @@ from lens_safety.dashboard import (
 )
 
 PAGES = {
-    "Detect": (page_detect, ":material/policy:"),
-    "Layers": (page_layers, ":material/stacked_line_chart:"),
-    "Vectors": (page_vectors, ":material/bar_chart:"),
-    "Steer": (page_steer, ":material/explore:"),
-    "Compare": (page_compare, ":material/compare_arrows:"),
-    "Data": (page_data, ":material/database:"),
+    "Detect": page_detect,
+    "Layers": page_layers,
+    "Vectors": page_vectors,
+    "Steer": page_steer,
+    "Compare": page_compare,
+    "Data": page_data,
 }
 
 
@@ -31,9 +31,10 @@ def main() -> None:
         session = parts.Session(parts.options(sys.argv[1:]))
     if session is None:
         st.stop()
+    # Without icons: a browser would fetch the page's icon from a font server.
     pages = [
-        st.Page(lambda room=room: room.show(session), title=title, icon=icon, url_path=title.lower())
-        for title, (room, icon) in PAGES.items()
+        st.Page(lambda room=room: room.show(session), title=title, url_path=title.lower())
+        for title, room in PAGES.items()
     ]
     chosen = st.navigation(pages)
     parts.sidebar(session)
