@@ -218,7 +218,7 @@ def verdict_card(word: str, probability: float, text: str) -> None:
     """The verdict in its colour, and the text that it is about."""
     st.html(
         f'<div class="ls-verdict" style="--ls: {COLOURS[word]}"><b>{word}</b> &nbsp; '
-        f"{probability:.0%} probability of danger{plain(text, 'ls-quote')}</div>"
+        f"{probability:.1%} probability of danger{plain(text, 'ls-quote')}</div>"
     )
 
 

@@ -36,5 +36,5 @@ def layer_profile(frame: pd.DataFrame, note: str) -> go.Figure:
     )
     figure.add_hline(0, line={"color": CONTROL, "dash": "dot", "width": 1})
     figure.update_xaxes(title_text="layer (resid_post)")
-    figure.update_yaxes(title_text="score (−1 safe mean, 1 dangerous mean)")
+    figure.update_yaxes(title_text="score (−1 safe, 1 dangerous)")
     return styled(figure, "Score at each layer", note, 420, above=34)
