@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Threads that spin for a core that another process has slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gemma study analyses steering test check format clean
+.PHONY: setup gemma study analyses steering test docker-check check format clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,10 @@ steering: setup
 
 test: setup check
 	$(BIN)/python -m pytest -n 2
+
+# The Dockerfile's steps in a fresh environment, without Docker; takes minutes.
+docker-check: setup
+	LENS_SAFETY_SLOW=1 $(BIN)/python -m pytest tests/test_docker.py -s
 
 check: setup
 	$(BIN)/ruff format --check .

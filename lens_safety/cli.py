@@ -507,6 +507,28 @@ def doctor(model: ModelOption = None, engine: EngineOption = "auto", as_json: Js
         raise typer.Exit(1)
 
 
+@app.command()
+def dashboard(
+    model: ModelOption = None,
+    engine: EngineOption = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder of results that are compared.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port of the pages.")] = 8501,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own is open to a network.")
+    ] = "127.0.0.1",
+) -> None:
+    """Pages in a browser: detect, layers, vectors, steer, compare, data. Ends with Ctrl-C.
+
+    Example: lens-safety dashboard --port 8600
+    """
+    from .dashboard import address, command
+
+    arguments = command(model=model, engine=engine, runs=runs, host=host, port=port)
+    _say(f"Pages at {address(host, port)} (Ctrl-C ends them; the first one waits for the model)")
+    # In this process's place, so that signals reach the server.
+    os.execv(arguments[0], arguments)
+
+
 def main() -> NoReturn:
     """Run the command line. Anything a user can mend is one sentence on stderr and exit status 2."""
     # Read when torch loads. Threads that spin for a core that another process has slow it down tenfold.

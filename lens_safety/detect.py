@@ -354,6 +354,12 @@ def load_detector() -> Detector:
     return Detector.load(str(package_files("lens_safety") / "detectors" / "built_in.safetensors"))
 
 
+def shipped_for(model: ResidualModel) -> Detector | None:
+    """`load_detector()` where it belongs to the model."""
+    shipped = load_detector()
+    return None if shipped.model.difference(fingerprint(model)) else shipped
+
+
 _PLAIN = (
     "method",
     "over",

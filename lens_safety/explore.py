@@ -6,7 +6,7 @@ from typing import Any
 from . import plots
 from . import tokens as tok
 from .decoding import generate
-from .detect import Detector, load_detector, require_same_reading
+from .detect import Detector, require_same_reading, shipped_for
 from .directions import ContentVectors, content_vectors
 from .models import fingerprint
 from .operators import OPERATORS
@@ -57,8 +57,7 @@ def _given_or_made(
 ) -> tuple[Detector, ContentVectors]:
     known = fingerprint(model)
     if detector is None:
-        shipped = load_detector()
-        detector = None if shipped.model.difference(known) else shipped
+        detector = shipped_for(model)
     if detector is None or vectors is None:
         read = {} if detector is None else {"position": detector.position, "template": detector.template}
         cache = residual_streams(

@@ -19,12 +19,13 @@ from .models import check_layers, fingerprint, pattern_hook, resid_hook, run_blo
 from .prompts import PromptSet, as_prompts
 from .residuals import ResidualCache
 from .show import card, pick
-from .types import EMBED, Hook, OptionError, ResidualModel
+from .types import EMBED, Hook, OptionError, PromptError, ResidualModel
 
 DETECTOR = "detector"
 UNFINISHED = "⋯"
 """Stands for a token that ends within a character; the last token of the character shows it whole."""
 
+_MIDDLE = (0.1, 0.9)
 _HALF = "\ufffd"
 _RUNNING = ("content_mean", "content_last", "last", "max")
 
@@ -172,6 +173,28 @@ def layer_scores(
     if not chosen:
         raise OptionError("no layers given, expected at least one")
     return np.stack([_relative(cache.layer(layer), vectors, layer) for layer in chosen])
+
+
+def class_bands(
+    train: ResidualCache, vectors: ContentVectors, layers: Sequence[int] | None = None
+) -> pd.DataFrame:
+    """Where the training prompts lie: the middle 80% of each class's `layer_scores`, a row a layer.
+
+    Columns: `layer`, and `low` and `high` of `safe` and `dangerous`.
+
+    Raises:
+        PromptError: a cache without prompts of both classes.
+        and what `layer_scores` raises.
+    """
+    labels = train.prompts.labels
+    chosen = vectors.layers if layers is None else layers
+    scores = layer_scores(train, vectors, chosen)
+    frame = pd.DataFrame({"layer": list(chosen)})
+    for name, rows in (("safe", ~labels), ("dangerous", labels)):
+        if not rows.any():
+            raise PromptError(f"{train.prompts.name} has no {name} prompt: expected prompts of both classes")
+        frame[f"{name}_low"], frame[f"{name}_high"] = np.quantile(scores[:, rows], _MIDDLE, axis=1)
+    return frame
 
 
 def nearest_prompts(cache: ResidualCache, train: ResidualCache, *, layer: int, k: int = 5) -> pd.DataFrame:

@@ -41,6 +41,7 @@ BESIDE = {
     "sweep": {"baselines", "responses"},
     "report": {"findings", "plots"},
     "study": {"report", "plots"},
+    "cli": {"dashboard"},
 }
 DOORS = {
     "transformer_lens": {"models"},

@@ -155,7 +155,7 @@ def test_defaults_are_the_shipped_detector_or_one_of_the_content_set(made, monke
     assert asked == ["content"]
     assert found[0].source == found[1].source == TRAIN.name
     assert found[0].model.difference(detector.model) == ""
-    monkeypatch.setattr(ROOM, "load_detector", lambda: detector)
+    monkeypatch.setattr(ROOM, "shipped_for", lambda model: detector)
     assert ROOM._given_or_made(model, None, vectors) == (detector, vectors)
     assert asked == ["content"]
 

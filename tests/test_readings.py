@@ -233,3 +233,18 @@ def test_caches_and_layers_that_do_not_belong_are_refused(tiny):
         refused(ls.OptionError, words, lambda layers=layers: ls.attention_patterns(tiny, "a", layers=layers))
     with pytest.raises(ls.PromptError, match="empty"):
         ls.attention_patterns(tiny, " ", layers=[0])
+
+
+def test_the_bands_of_the_classes_are_the_middle_of_their_layer_scores():
+    cache, _ = planted_cache(60)
+    vectors = ls.content_vectors(cache)
+    scores, labels = ls.layer_scores(cache, vectors), cache.prompts.labels
+    bands = ls.class_bands(cache, vectors)
+    assert list(bands["layer"]) == list(vectors.layers)
+    low, high = np.quantile(scores[1, labels], [0.1, 0.9])
+    assert (bands["dangerous_low"][1], bands["dangerous_high"][1]) == (low, high)
+    inside = (scores[1, ~labels] >= bands["safe_low"][1]) & (scores[1, ~labels] <= bands["safe_high"][1])
+    assert inside.mean() == pytest.approx(0.8, abs=0.05)
+    assert bands["dangerous_low"][1] > bands["safe_high"][1]
+    with pytest.raises(ls.PromptError, match="no dangerous prompt"):
+        ls.class_bands(cache[~labels], vectors)

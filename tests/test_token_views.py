@@ -151,13 +151,20 @@ def test_attention_holds_the_chosen_heads_of_the_layer():
     assert "2 of 3 heads" in view.html
 
 
-def test_a_prompts_layers_are_bars_of_its_last_running_score_with_one_outlined():
-    figure: Any = ls.plots.prompt_layers(scores_of(PLAIN), mark=1)
+def test_a_prompts_layers_are_its_last_running_scores_with_one_outlined_on_the_classes_bands():
+    bands = pd.DataFrame(
+        {"layer": [0, 1], "safe_low": [-1, -2], "safe_high": [0, -1]}
+        | {"dangerous_low": [0.5, 1], "dangerous_high": [1, 2]}
+    )
+    figure: Any = ls.plots.prompt_layers(scores_of(PLAIN), mark=1, bands=bands)
     unmarked: Any = ls.plots.prompt_layers(scores_of(PLAIN))
-    (bars,) = figure.data
-    assert list(bars.x) == ["0", "1"]
-    np.testing.assert_allclose(bars.y, [0.22, 0.24])
-    assert list(bars.marker.line.width) == [0, 2]
+    safe, dangerous, points = figure.data
+    assert (list(safe.y), list(dangerous.y)) == ([0, -1, -2, -1], [1, 2, 1, 0.5])
+    assert "safe training prompts" in safe.name
+    assert list(points.x) == ["0", "1"]
+    np.testing.assert_allclose(points.y, [0.22, 0.24])
+    assert list(points.marker.line.width) == [0, 2]
+    assert len(unmarked.data) == 1
     assert figure.layout.xaxis.title.text == "layer (resid_post)"
     assert "class means" in figure.layout.yaxis.title.text
     assert list(unmarked.data[0].marker.line.width) == [0, 0]

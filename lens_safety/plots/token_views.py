@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from ..files import write_text
 from ..readings import DETECTOR, AttentionPatterns, TokenScores
 from ..types import OptionError
-from .style import ACCENT, CONTROL, INK, signed, styled
+from .style import ACCENT, CONTROL, DANGEROUS, INK, SAFE, pale, signed, styled
 
 ENDS = ("#73B1D4", "#E28E4D")
 """Blue and vermilion of the house style, so pale that black text is readable on them."""
@@ -113,10 +113,12 @@ def attention_view(patterns: AttentionPatterns, layer: int, heads: Sequence[int]
     )
 
 
-def prompt_layers(scores: TokenScores, prompt: int = 0, *, mark: int | None = None) -> go.Figure:
+def prompt_layers(
+    scores: TokenScores, prompt: int = 0, *, mark: int | None = None, bands: pd.DataFrame | None = None
+) -> go.Figure:
     """One prompt's score at each layer that was read: -1 at the safe mean, 1 at the dangerous one.
 
-    `mark` outlines a layer.
+    `mark` outlines a layer; `bands`, of `class_bands`, shows where the training prompts of each class lie.
 
     Raises:
         OptionError: scores that were taken without vectors, or a prompt that is not there.
@@ -126,16 +128,26 @@ def prompt_layers(scores: TokenScores, prompt: int = 0, *, mark: int | None = No
         raise OptionError("scores of a detector alone given: expected token_scores(..., vectors=...)")
     values = np.array([scores.of(prompt, name)["running"].iloc[-1] for name in names])
     layers = [name.removeprefix("layer ") for name in names]
-    edges = [2 if layer == str(mark) else 0 for layer in layers]
-    bars = go.Bar(
-        x=layers, y=values, marker={"color": signed(values), "line": {"color": INK, "width": edges}}
+    figure = go.Figure(_class_bands(bands))
+    figure.add_scatter(
+        x=layers,
+        y=values,
+        mode="lines+markers",
+        name="this prompt",
+        line={"color": INK, "width": 1.5},
+        marker={
+            "color": signed(values),
+            "size": [12 if layer == str(mark) else 7 for layer in layers],
+            "line": {"color": INK, "width": [2 if layer == str(mark) else 0 for layer in layers]},
+        },
+        hovertemplate="layer %{x}: %{y:.3f}<extra></extra>",
+        showlegend=bands is not None,
     )
-    figure = go.Figure(bars.update(hovertemplate="layer %{x}: %{y:.3f}<extra></extra>"))
     figure.add_hline(0, line={"color": CONTROL, "width": 1})
-    figure.update_xaxes(title_text="layer (resid_post)", type="category")
+    figure.update_xaxes(title_text="layer (resid_post)", type="category", nticks=16)
     figure.update_yaxes(title_text="score (±1: class means)")
     note = f"{scores.model} · read at {scores.position} · −1 at the safe mean, 1 at the dangerous mean"
-    return styled(figure, "The prompt at each layer", note, 300)
+    return styled(figure, "The prompt at each layer", note, 340, above=16 if bands is None else 60)
 
 
 def circuits_js() -> str:
@@ -154,6 +166,25 @@ def save_views(views: Sequence[View], path: str | Path) -> Path:
     if not views:
         raise OptionError("no views given, expected at least one")
     return write_text(path, _page(views))
+
+
+def _class_bands(bands: pd.DataFrame | None) -> list[go.Scatter]:
+    if bands is None:
+        return []
+    layers = [str(layer) for layer in bands["layer"]]
+    return [
+        go.Scatter(
+            x=[*layers, *layers[::-1]],
+            y=[*bands[f"{name}_high"], *bands[f"{name}_low"][::-1]],
+            fill="toself",
+            fillcolor=pale(colour),
+            line_width=0,
+            mode="lines",
+            name=f"{name} training prompts, middle 80%",
+            hoverinfo="skip",
+        )
+        for name, colour in (("safe", SAFE), ("dangerous", DANGEROUS))
+    ]
 
 
 def _token_view(
