@@ -1,6 +1,7 @@
 """What the README and the examples show is run."""
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -50,7 +51,7 @@ def test_the_python_of_the_readme_runs(loaded, capsys, monkeypatch, tmp_path):
     # KL on eight prompts takes half a minute; `make study` and the sweep's own tests measure it whole.
     monkeypatch.setattr(ls, "sweep", short_sweep(ls.sweep, n=4, max_new_tokens=12, neutral=["Hi"]))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 11
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -71,10 +72,14 @@ def test_each_command_of_the_readme_runs(loaded, command, monkeypatch, tmp_path,
     if arguments[1] in ("study", "sweep"):
         # The texts take a minute; the README's command is run whole by `make study`.
         monkeypatch.setattr(import_module(f"lens_safety.{arguments[1]}"), "sweep", short_sweep(ls.sweep))
+    started: list[list[str]] = []
+    # The dashboard's server would take this process's place; its own tests start it.
+    monkeypatch.setattr(os, "execv", lambda program, given: started.append(given))
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 0, capsys.readouterr().err
+    assert bool(started) == (arguments[1] == "dashboard")
     if "--out" in arguments:
         assert (tmp_path / arguments[arguments.index("--out") + 1]).exists()
 
@@ -89,7 +94,18 @@ def short_sweep(real, *, n=1, max_new_tokens=3, neutral=()):
 
 def test_the_commands_of_the_readme_are_all_of_them():
     shown = {shlex.split(command)[1] for command in COMMANDS}
-    assert shown == {"study", "layers", "fit", "detect", "steer", "sweep", "models", "prompts", "doctor"}
+    assert shown == {
+        "study",
+        "layers",
+        "fit",
+        "detect",
+        "steer",
+        "sweep",
+        "models",
+        "prompts",
+        "doctor",
+        "dashboard",
+    }
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)

@@ -67,8 +67,9 @@ def results() -> dict[str, Any]:
     check = {"check": "one pass", "measured": 0.0, "limit": 0.0, "passed": True, "what": "passes"}
     one = torch.ones(1)
     write = Write(*(vectors.vectors[:1],) * 3, multiplier=2 * one, dose=one)
+    audit = ls.ShortcutAudit(pd.DataFrame([style]), "d", "set", "m", 20, 0)
     return {
-        "audit": ls.ShortcutAudit(pd.DataFrame([style]), "d", "set", "m", 20, 0),
+        "audit": audit,
         "matrix": ls.TransferMatrix(pd.DataFrame([sets]), "logistic", "m", 0),
         "curve": ls.LabelCurve(
             pd.DataFrame([{"labels": 10, "seed": s, "auroc": 0.8 + s, "accuracy": 0.7} for s in (0, 0.1)]),
@@ -90,7 +91,11 @@ def results() -> dict[str, Any]:
             *({1: write}, named_operator("add"), "all", ("resid_post",)), *(None, None, "prompt", FINGERPRINT)
         ),
         "checkup": ls.Checkup(pd.DataFrame([check]), "m", "hooked", "3.9.0", "float32"),
-        "study": ls.Study(table, vectors, vectors, detector, (report,), comparison, sweep, {}),
+        "study": ls.Study(
+            *(table, vectors, vectors, detector, (report,), comparison),
+            **{"audit": audit, "wording": ls.paired_tests(named), "steering": sweep},
+            settings={},
+        ),
         "scores": scores_of(PLAIN),
         "patterns": attention_of(PLAIN),
     }
