@@ -314,7 +314,7 @@ class Decoding:
             run = list(first.values())
             self._rows = torch.tensor([run.index(first[key]) for key in keys], device=device_of(model))
         self._batch = tok.pad(model, encoded, run)
-        self._cache: Any = Cache.empty(model, len(run)) if self._hooked else full_cache()
+        self._cache: Any = Cache(model, len(run)) if self._hooked else full_cache()
         self.running = torch.ones(len(encoded), dtype=torch.bool, device=device_of(model))
 
     def prefill(self, room: int) -> Float[Tensor, "batch d_vocab"]:

@@ -45,7 +45,7 @@ class Checkup(Result):
     def _repr_html_(self) -> str:
         return card(
             f"{self.model} on {self.engine}, TransformerLens {self.transformer_lens}, {self.dtype}: "
-            f"{int(self.frame['passed'].sum())} of {len(self.frame)} checks passed",
+            f"{sum(self.frame['passed'])} of {len(self.frame)} checks passed",
             self.frame,
             'ls.residual_streams(model, ls.load_prompts("content"))',
             note="measured must not exceed limit",

@@ -74,23 +74,19 @@ class Ahead:
 class Cache:
     """The part of `TransformerLensKeyValueCache` that a `HookedTransformer` asks for."""
 
-    def __init__(self, entries: "Sequence[Entry | Ahead]"):
-        self._entries = entries
+    def __init__(self, model: ResidualModel, n_rows: int):
+        cfg = model.cfg
+        shape = (n_rows, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+        self._entries = [Entry(shape, cfg.dtype, device_of(model)) for _ in range(cfg.n_layers)]
         self._mask: Tensor | None = None
         self._shadows: list[tuple[Any, dict[str, Callable[..., Tensor]]]] | None = None
 
-    @classmethod
-    def empty(cls, model: ResidualModel, n_rows: int) -> "Cache":
-        cfg = model.cfg
-        shape = (n_rows, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
-        return cls([Entry(shape, cfg.dtype, device_of(model)) for _ in range(cfg.n_layers)])
-
-    def __getitem__(self, layer: int) -> "Entry | Ahead":
+    def __getitem__(self, layer: int) -> Entry:
         return self._entries[layer]
 
-    def ahead_of(self, n_rows: int) -> "Cache":
+    def ahead_of(self, n_rows: int) -> "AheadCache":
         """A cache with the one row of this one in front of each of `n_rows`."""
-        return Cache([Ahead(entry, n_rows) for entry in self._entries])
+        return AheadCache([Ahead(entry, n_rows) for entry in self._entries])
 
     def append_attention_mask(self, mask: Tensor) -> Tensor | None:
         """None, which spares each layer its mask, unless there are pads."""
@@ -126,6 +122,19 @@ class Cache:
                     attention.__dict__.pop(name, None)
 
 
+class AheadCache:
+    """The same part of a cache, of entries that nothing is added to."""
+
+    def __init__(self, entries: Sequence[Ahead]):
+        self._entries = entries
+
+    def __getitem__(self, layer: int) -> Ahead:
+        return self._entries[layer]
+
+    def append_attention_mask(self, mask: Tensor) -> None:
+        """None, which spares each layer its mask: what stands behind pads is not read."""
+
+
 class SharedPrefix:
     """Tokens that many prompts begin with, run once; their keys and values precede each row of a pass."""
 
@@ -134,7 +143,7 @@ class SharedPrefix:
     ):
         """`tokens` is one row; `hooks` see its pass."""
         self._model, self._n, self._last = model, tokens.shape[1], last_layer
-        self._cache = Cache.empty(model, 1) if engine_of(model) == "hooked" else full_cache()
+        self._cache = Cache(model, 1) if engine_of(model) == "hooked" else full_cache()
         run_blocks(model, tokens, hooks, last_layer=last_layer, options=cache_options(self._cache, tokens))
 
     def run_blocks(self, tokens: Tokens, hooks: Sequence[tuple[str, Hook]]) -> None:
@@ -154,7 +163,7 @@ class SharedPrefix:
 
 def cache_options(cache: Any, tokens: Tokens, *, n_before: int = 0) -> dict[str, Any]:
     """What a model's forward pass is given for `tokens` without left pads, behind `n_before` cached ones."""
-    if isinstance(cache, Cache):
+    if isinstance(cache, Cache | AheadCache):
         return {"past_kv_cache": cache, "attention_mask": torch.ones_like(tokens, dtype=torch.int)}
     options = {"past_key_values": cache, "use_cache": True}
     if n_before:

@@ -97,7 +97,8 @@ def test_operators_are_lines_of_effect_against_damage_beside_random_directions(s
 
 def test_one_operator_at_two_layers_is_two_lines(sweep):
     higher = replace(sweep, layers=(5,), frame=sweep.frame.assign(layer=sweep.frame["layer"].replace(3, 5)))
-    names = {t.name for t in plots.operators(sweep, higher).data}
+    figure: Any = plots.operators(sweep, higher)
+    names = {t.name for t in figure.data}
     assert names == {"random directions", "add, layer 3", "add, layer 5"}
 
 

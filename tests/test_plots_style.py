@@ -41,7 +41,7 @@ def figure() -> go.Figure:
 
 def plain(made: go.Figure) -> str:
     """All of a figure but its template and its hover texts."""
-    parts: Any = json.loads(made.to_json())
+    parts: Any = json.loads(str(made.to_json()))
     parts["layout"].pop("template")
     parts["data"][0].pop("hovertext", None)
     return json.dumps(parts, sort_keys=True).lower()

@@ -115,7 +115,8 @@ def test_dimension_map_shows_shares_of_each_layers_norm_around_zero():
 
 def test_cosine_map_of_one_set_and_of_two():
     content = vectors_from(HAND)
-    (heat,) = plots.cosine_map(content).data
+    figure: Any = plots.cosine_map(content)
+    (heat,) = figure.data
     np.testing.assert_allclose(heat.z, [[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]], atol=1e-3)
     tone = vectors_from([[-3.0, 0.0, 4.0, 0.0]], method="tone")
     figure: Any = plots.cosine_map(tone, content)
@@ -292,7 +293,8 @@ def test_hover_texts_are_escaped_wrapped_and_cut():
     cache = planted_cache(6)[0]
     nasty = replace(cache.prompts[0], text="<b>x</b> " + "long words " * 60, category="<i>")
     prompts = PromptSet((nasty, *list(cache.prompts)[1:]), "p")
-    hover = plots.projection(replace(cache, prompts=prompts), layer=0).data[0].hovertext[0]
+    figure: Any = plots.projection(replace(cache, prompts=prompts), layer=0)
+    hover = figure.data[0].hovertext[0]
     assert hover.startswith("&lt;b&gt;x&lt;/b&gt; long")
     assert "&lt;i&gt;" in hover
     assert hover.count("<br>") > 4
@@ -307,8 +309,10 @@ def test_projection_colours_by_kind_category_and_language():
     figure: Any = plots.projection(spoken, layer=0, colour="language")
     assert [trace.name for trace in figure.data] == ["de (n = 3)", "en (n = 3)", "zh (n = 3)"]
     assert len({(t.marker.color, t.marker.symbol) for t in figure.data}) == 3
-    assert [t.name for t in plots.projection(spoken, layer=0).data] == ["unlabelled (n = 9)"]
-    assert [t.name for t in plots.projection(spoken, layer=0, colour="category").data] == ["none (n = 9)"]
+    by_label: Any = plots.projection(spoken, layer=0)
+    by_category: Any = plots.projection(spoken, layer=0, colour="category")
+    assert [t.name for t in by_label.data] == ["unlabelled (n = 9)"]
+    assert [t.name for t in by_category.data] == ["none (n = 9)"]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +336,7 @@ def test_every_figure_survives_the_dark_theme():
         plots.dimension_map(vectors, k=5),
         plots.projection(planted_cache(9)[0]),
     ):
-        dark = json.loads(plots.themed(figure, "dark").to_json())
+        dark = json.loads(str(plots.themed(figure, "dark").to_json()))
         dark["layout"].pop("template")
         for colour in (style.SAFE, style.DANGEROUS, style.SOFT):
             assert colour not in json.dumps(dark)

@@ -245,6 +245,6 @@ def test_the_bands_of_the_classes_are_the_middle_of_their_layer_scores():
     assert (bands["dangerous_low"][1], bands["dangerous_high"][1]) == (low, high)
     inside = (scores[1, ~labels] >= bands["safe_low"][1]) & (scores[1, ~labels] <= bands["safe_high"][1])
     assert inside.mean() == pytest.approx(0.8, abs=0.05)
-    assert bands["dangerous_low"][1] > bands["safe_high"][1]
+    assert bands["dangerous_low"].to_numpy()[1] > bands["safe_high"].to_numpy()[1]
     with pytest.raises(ls.PromptError, match="no dangerous prompt"):
         ls.class_bands(cache[~labels], vectors)

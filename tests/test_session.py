@@ -11,7 +11,8 @@ import pytest
 from conftest import TEXTS, labelled, write_tiny_model
 
 import lens_safety as ls
-from lens_safety import plots, residuals, session
+from lens_safety import plots, session
+from lens_safety.passes import Passes
 from lens_safety.prompts import DATA_VARIABLE, Prompt, PromptSet
 from lens_safety.session import Session, run
 from lens_safety.types import OptionError
@@ -38,13 +39,13 @@ def start(folder: Path, tmp_path: Path):
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of prompts of each forward pass."""
-    real, seen = residuals._one_pass, []
+    real, seen = Passes._one_pass, []
 
-    def count(made, model, batch, encoded, position):
+    def count(own, batch):
         seen.append(len(batch))
-        return real(made, model, batch, encoded, position)
+        return real(own, batch)
 
-    monkeypatch.setattr(residuals, "_one_pass", count)
+    monkeypatch.setattr(Passes, "_one_pass", count)
     return seen
 
 

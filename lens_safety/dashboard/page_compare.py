@@ -61,7 +61,7 @@ def studies(runs: list[work.Run]) -> None:
     drawing = comparison(kept, measure=measure)
     parts.figure(drawing, "comparison")
     shown = kept.overall[[name for name in _SHOWN if name in kept.overall]]
-    parts.table(shown, "detection", dict.fromkeys(_SHOWN[4:], "%.3f"))
+    parts.table(pd.DataFrame(shown), "detection", dict.fromkeys(_SHOWN[4:], "%.3f"))
     st.caption(
         "95% intervals bootstrapped by group; layer and threshold were chosen on training prompts alone."
     )
@@ -74,7 +74,8 @@ def sweeps(runs: list[work.Run]) -> None:
     name = st.selectbox("Sweep", [run.name for run in runs], key="sweep")
     run = next(run for run in runs if run.name == name)
     made = SteeringSweep.load(run.folder / "sweep.json")
-    layer = st.selectbox("Layer", made.layers, key="sweep_layer") if len(made.layers) > 1 else made.layers[0]
+    layers = list(made.layers)
+    layer = st.selectbox("Layer", layers, key="sweep_layer") if len(layers) > 1 else layers[0]
     parts.figure(dose_response(made, layer), "dose_response")
     effects = made.effects().dropna(axis="columns", how="all")
     numbers = [str(column) for column in effects if pd.api.types.is_float_dtype(effects[column])]
@@ -84,4 +85,4 @@ def sweeps(runs: list[work.Run]) -> None:
         "95% intervals; the band is what random directions of the same norm do."
     )
     with st.expander("Texts"):
-        parts.table(made.frame[["direction", "layer", "multiplier", "prompt", "text"]], "texts")
+        parts.table(made.frame.loc[:, ["direction", "layer", "multiplier", "prompt", "text"]], "texts")

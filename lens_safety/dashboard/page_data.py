@@ -24,13 +24,15 @@ def show(session: parts.Session) -> None:
         frame["label"] = parts.words(frame["label"].tolist())
         label = columns[1].selectbox("Label", [_ANY, *sorted(set(frame["label"]))], key="label")
         words = columns[2].text_input("Words in the text", key="words")
-        shown = frame.loc[frame["text"].str.contains(words, case=False, regex=False)]
+        kept = frame["text"].str.contains(words, case=False, regex=False)
         if label != _ANY:
-            shown = shown.loc[shown["label"] == label]
-        by = [column for column in ("category", "kind") if frame[column].nunique() > 1]
+            kept &= frame["label"] == label
+        by = [column for column in ("category", "kind") if len(set(frame[column])) > 1]
         if by:
             part = st.selectbox(by[0].capitalize(), [_ANY, *sorted(set(frame[by[0]]))], key=f"{name} {by[0]}")
-            shown = shown if part == _ANY else shown.loc[shown[by[0]] == part]
+            if part != _ANY:
+                kept &= frame[by[0]] == part
+        shown = frame.loc[kept]
         st.caption(f"{len(shown):,} of {len(frame):,} prompts.")
-        used = [column for column in _COLUMNS if (frame[column] != "").any()]
-        parts.table(shown[used], "prompts")
+        used = [column for column in _COLUMNS if any(frame[column] != "")]
+        parts.table(shown.loc[:, used], "prompts")

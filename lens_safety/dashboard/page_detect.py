@@ -107,7 +107,7 @@ def tokens(session: parts.Session, reading: work.Reading) -> None:
     st.subheader("Token by token", anchor=False)
     parts.frame_of(token_view(scores).page())
     with st.expander("Scores of the tokens as a table"):
-        frame = scores.of(0, "detector")[["token", "score", "running"]]
+        frame = scores.of(0, "detector").loc[:, ["token", "score", "running"]]
         parts.table(frame, "tokens", {"score": "%.3f", "running": "%.3f"})
     st.caption(
         "Running: the score of the prompt up to this token, so that its last value is the prompt's score. "

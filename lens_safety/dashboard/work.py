@@ -199,9 +199,8 @@ def set_table() -> pd.DataFrame:
     rows = [_built_in_row(name) for name in BUILT_IN]
     public = public_sets().rename(columns={"rows": "prompts"})
     public["here"] = [is_here(name) for name in public["name"]]
-    return pd.concat(
-        [pd.DataFrame(rows), public[["name", "prompts", "labels", "licence", "address", "here"]]]
-    )
+    columns = ["name", "prompts", "labels", "licence", "address", "here"]
+    return pd.concat([pd.DataFrame(rows), public.loc[:, columns]])
 
 
 def runs_on_disk(root: Path) -> tuple[list[Run], list[str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -92,7 +93,8 @@ def operators(*sweeps: SteeringSweep, measure: str | None = None) -> go.Figure:
     _require_damage(tables, "kl")
     figure = go.Figure()
     for sweep in sweeps:
-        if (points := _random_points(sweep, name, "kl")).x is not None and len(points.x):
+        points: Any = _random_points(sweep, name, "kl")
+        if points.x is not None and len(points.x):
             figure.add_trace(points.update(showlegend=not figure.data))
     colours = cycle([*COLOURS[:4], *COLOURS[5:], INK])
     several = len({(sweep.operator, layer) for sweep in sweeps for layer in sweep.layers}) > len(
@@ -230,13 +232,13 @@ def _labels(rows: pd.DataFrame, effects: pd.DataFrame, column: str) -> list[dict
     height = float(np.ptp(effects["change"].dropna())) or 1.0
     placed: list[tuple[float, float]] = []
     made = []
-    for _, row in rows.sort_values("change", key=np.abs, ascending=False).iterrows():
+    for row in rows.sort_values("change", key=np.abs, ascending=False).to_dict("records"):
         x, y = float(row[column]), float(row["change"])
         if all(abs(x - a) > 0.3 * width or abs(y - b) > 0.12 * height for a, b in placed):
             placed.append((x, y))
             text = f"{row['layer']:.0f} × {row['multiplier']:g}"
             shift = 13 if y > 0 else -13
-            left = x - float(effects[column].min()) < 0.6 * width
+            left = x - float(effects[column].to_numpy().min()) < 0.6 * width
             made.append(
                 {"x": x, "y": y, "text": text, "showarrow": False, "yshift": shift, "font_size": 11}
                 | {"xanchor": "left" if left else "right", "xshift": 4 if left else -4}
@@ -265,9 +267,9 @@ def _operator_lines(figure: go.Figure, rows: pd.DataFrame, entry: str, colour: s
 
 
 def _washing_lines(figure: go.Figure, frame: pd.DataFrame) -> None:
-    most = float(frame["multiplier"].abs().max())
-    for m, rows in frame.groupby("multiplier", sort=True):
-        m = float(m)
+    most = float(frame["multiplier"].abs().to_numpy().max())
+    for m in sorted(set(frame["multiplier"])):
+        rows = frame.loc[frame["multiplier"] == m]
         colour = pale(DANGEROUS if m > 0 else SAFE, 0.25 + 0.75 * abs(m) / most)
         figure.add_scatter(
             x=rows["read_layer"],

@@ -1,6 +1,7 @@
 """Room on the page: panels above each other and legends below, so that a figure is readable at 390 pixels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -28,7 +29,8 @@ def stacked(titles: Sequence[str], heights: Sequence[int], *, gap: int = 70) -> 
 
 def legend_below(figure: go.Figure) -> go.Figure:
     """The figure with its legend under the axis, and as much room there as a narrow page needs."""
-    shown = [trace.name for trace in figure.data if trace.showlegend is not False and trace.name]
+    traces: Any = figure.data
+    shown = [trace.name for trace in traces if trace.showlegend is not False and trace.name]
     lines = [name.split("<br>") for name in shown]
     widest = 42 + 6.8 * max((len(line) for name in lines for line in name), default=0)
     columns = max(1, int(_NARROW // widest))

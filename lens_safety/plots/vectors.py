@@ -1,6 +1,7 @@
 """Directions: one vector, its top dimensions, its company."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -81,7 +82,7 @@ class _VectorView:
         every.update(hovertemplate="dimension %{x}: %{y}<extra></extra>")
         spread = go.Histogram(x=self.values, nbinsx=60, marker_color=CONTROL)
         spread.update(hovertemplate="%{x}: %{y} dimensions<extra></extra>")
-        self.traces = (every, spread, _top_bars(top))
+        self.traces: tuple[Any, Any, Any] = (every, spread, _top_bars(top))
         self.share = f"top {len(top)}: {top['share'].sum():.0%} of ‖v‖²"
         self.title = f"The {vectors.method} vector at layer {layer}"
         self.note = provenance(vectors)
