@@ -56,7 +56,7 @@ def controls(session: parts.Session) -> tuple[str, work.Strength, int]:
     st.caption(
         f"h becomes {parts.escaped(named_operator(operator).equation)}. At layer {layer} the multiplier "
         f"{multiplier:g} is a dose of {dose:+.2f} (norm of what is added over the median residual norm); "
-        "beyond about ±0.3 texts break."
+        "where the text breaks, the damage below says."
     )
     return prompt, work.Strength(layer, operator, multiplier, positions), length
 

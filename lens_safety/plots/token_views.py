@@ -147,7 +147,8 @@ def prompt_layers(
     figure.update_xaxes(title_text="layer (resid_post)", type="category", nticks=16)
     figure.update_yaxes(title_text="score (±1: class means)")
     note = f"{scores.model} · read at {scores.position} · −1 at the safe mean, 1 at the dangerous mean"
-    return styled(figure, "The prompt at each layer", note, 340, above=16 if bands is None else 60)
+    room = (340, 16) if bands is None else (440, 60)
+    return styled(figure, "The prompt at each layer", note, room[0], above=room[1])
 
 
 def circuits_js() -> str:
