@@ -23,10 +23,7 @@ MODELS = {"smollm2-135m-instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M
 def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     made = filled(readme, DETECTION, [shipped(), study_rows(), across_models(), languages()])
-    steering = [
-        part() for part in (sentiment, operators, personas) if part is not operators or has("11_operators")
-    ]
-    made = filled(made, STEERING, steering)
+    made = filled(made, STEERING, [strengths(), sentiment(), operators(), personas()])
     if "--check" in sys.argv:
         sys.exit(
             0 if made == readme else "README.md is not what results/ says: run this script without --check"
@@ -126,6 +123,34 @@ def languages() -> str:
     ]
     header = ["set", "language", "n", "AUROC", "safe flagged", "dangerous caught"]
     title = "**Fitted on English, read in other languages** (`python analyses/08_languages.py`):"
+    return f"{title}\n\n{table(header, rows)}"
+
+
+def strengths() -> str:
+    frame = read("09_steering_strength")
+    rows = []
+    for _, row in frame.loc[frame["multiplier"].isin([-10, -4, 2, 4, 10, 20, 50, 100])].iterrows():
+        known = row["band_low"] == row["band_low"]
+        band = f"{row['band_low']:.1f} to {row['band_high']:.1f}" if known else "—"
+        change = f"{row['change']:+.1f} [{row['change_low']:+.1f}, {row['change_high']:+.1f}]"
+        price = [f"{row['kl']:.1f}", f"{row['nll_change']:+.1f}"]
+        rows.append(
+            [str(row["vectors"]), f"{row['multiplier']:+g}", f"{row['dose']:.2f}", change, band, *price]
+        )
+    where = f"layer {frame['layer'].iloc[0]}, {frame['n'].iloc[0]} neutral prompts"
+    title = (
+        "**Danger score of the text (an independent detector's) at the study's strengths and below, "
+        f"{where}** (`python analyses/09_steering_strength.py`):"
+    )
+    header = [
+        "vectors",
+        "multiplier",
+        "dose",
+        "change",
+        "random directions",
+        "KL (nats)",
+        "NLL (nats a token)",
+    ]
     return f"{title}\n\n{table(header, rows)}"
 
 
