@@ -38,7 +38,7 @@ def main() -> None:
     shown = ["detector", "set", "accuracy", "majority", "auroc", "tpr", "fpr"]
     comparison = ls.compare(reports)
     session.show(comparison.overall, "Tone and content vectors on held-out prompts", columns=shown)
-    session.save_figure(ls.plots.comparison(comparison, measure="auroc"))
+    session.draw(ls.plots.comparison, comparison, options={"measure": "auroc"})
     rows = [
         {"detector": name} | row
         for name, detector in detectors.items()

@@ -24,7 +24,7 @@ def main() -> None:
         result = ls.tone_content(train, tone, contrast, seed=session.seed)
         session.show(result.frame, f"Tone and content directions by layer ({name})", name)
         session.show(result.cells, f"Flagged at layer {result.layer} ({name})", f"{name}_cells")
-        session.save_figure(ls.plots.tone_cells(result), f"{name}_cells")
+        session.draw(ls.plots.tone_cells, result, name=f"{name}_cells")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
         summary.insert(0, "method", curve.method)
         summaries.append(summary)
     session.show(pd.concat(summaries), "Held-out by number of labels (mean, lowest and highest draw)")
-    session.save_figure(ls.plots.label_curve(*curves))
+    session.draw(ls.plots.label_curve, *curves)
 
 
 if __name__ == "__main__":

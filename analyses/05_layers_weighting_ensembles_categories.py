@@ -69,7 +69,7 @@ def per_category(session: Session) -> None:
     train, test = session.read("categories"), session.read("contrast")
     matrix = ls.category_matrix(train, layers=session.spread, seed=session.seed)
     session.show(matrix.frame, "Fit on one category, test on another", "category_matrix")
-    session.save_figure(ls.plots.transfer_matrix(matrix), "category_matrix")
+    session.draw(ls.plots.transfer_matrix, matrix, name="category_matrix")
     of = np.array([prompt.category for prompt in train.prompts])
     labels = train.prompts.labels
     names = [str(name) for name in np.unique(of)]

@@ -36,7 +36,7 @@ def main() -> None:
     caches = {name: session.read(name) for name in SETS}
     matrix = ls.transfer_matrix(caches, method="lda", layers=session.spread, seed=session.seed)
     session.show(matrix.frame, "Fit on one set, test on another", "transfer")
-    session.save_figure(ls.plots.transfer_matrix(matrix), "transfer")
+    session.draw(ls.plots.transfer_matrix, matrix, name="transfer")
     ordinary = ls.joined([caches["content"], caches["instructions"]], "ordinary prompts")
     authored = ls.joined([caches[name] for name in SETS[:4]], "all authored sets")
     frames = []
@@ -52,7 +52,7 @@ def main() -> None:
             )
             for name in AUDITED
         ]
-        session.save_figure(ls.plots.shortcut_audit(*audits), f"audit_{slug}")
+        session.draw(ls.plots.shortcut_audit, *audits, name=f"audit_{slug}")
         for audit in audits:
             frame = audit.to_frame()
             frame.insert(0, "train", train.prompts.name)

@@ -58,7 +58,7 @@ def main() -> None:
     session.show(
         every.effects("score"), "Every layer", "layers", ("layer", "multiplier", *SHOWN[3:5], "nll_change")
     )
-    session.save_figure(ls.plots.steering_map(every, measure="score"), "layers")
+    session.draw(ls.plots.steering_map, every, name="layers", options={"measure": "score"})
     layer = ls.Detector.fit(train, seed=session.seed).layer
     tables = []
     for name, one in vectors.items():
@@ -75,7 +75,7 @@ def main() -> None:
             seed=session.seed,
         )
         tables.append(swept.effects("score").assign(vectors=name))
-        session.save_figure(ls.plots.dose_response(swept, measure="score"), name)
+        session.draw(ls.plots.dose_response, swept, name=name, options={"measure": "score"})
         session.show(swept.cliff(), f"Where the text breaks ({name})", f"{name}_cliff")
         seen = ls.consistency(judge, swept)
         session.show(seen.frame, f"What the detector sees of it ({name})", f"{name}_consistency", CONSISTENCY)

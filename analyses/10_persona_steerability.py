@@ -70,7 +70,7 @@ def main() -> None:
         table.insert(0, "trait", trait)
         tables.append(table)
         if trait == TRAITS[0]:
-            session.save_figure(ls.plots.prompt_slopes(toward), "slopes")
+            session.draw(ls.plots.prompt_slopes, toward, name="slopes")
     session.show(pd.concat(tables), "Slope of the logit difference a multiplier, held-out statements")
 
 

@@ -72,7 +72,7 @@ def main() -> None:
         sweeps.append(swept)
     result = pd.concat(tables, ignore_index=True)
     session.show(result, f"Sentiment at equal KL, layer {layer}, {len(held_out)} openings", "", SHOWN)
-    session.save_figure(ls.plots.operators(*sweeps))
+    session.draw(ls.plots.operators, *sweeps)
 
 
 def at_kl(

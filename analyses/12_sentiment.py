@@ -85,7 +85,7 @@ def main() -> None:
         effects["chosen"] = np.isclose(effects["dose"], abs(chosen), atol=1e-4)
         effects["unsteered"] = swept.frame.loc[swept.frame["multiplier"] == 0, "behaviour"].mean()
         tables.append(effects)
-        session.save_figure(ls.plots.dose_response(swept), name)
+        session.draw(ls.plots.dose_response, swept, name=name)
     table = pd.concat(tables, ignore_index=True)
     session.show(
         table, f"Held out: {len(openings) - middle} openings", "", ("side", "chosen", *SHOWN, "kl", "asked")

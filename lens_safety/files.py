@@ -130,21 +130,35 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, whole or not at all."""
+        return write_json(path, self.as_json())
+
+    def as_json(self) -> dict[str, Any]:
+        """What `save` writes: the kind, the version of the format, and each field."""
         values = {field.name: _encode(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
-        return write_json(path, {"kind": type(self).__name__, "version": VERSION, **values})
+        return {"kind": type(self).__name__, "version": VERSION, **values}
 
     @classmethod
     def load(cls: type[SomeResult], path: str | Path) -> SomeResult:
         """Read what `save` wrote. Raises `FileError` for a damaged file, another kind or version."""
-        if not Path(path).is_file():
-            raise FileError(f"no file {path}: expected a saved {cls.__name__}")
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise FileError(f"{path} is damaged or no JSON ({error}); make it again") from error
-        check_kind(path, values if isinstance(values, dict) else {}, cls.__name__)
+        values = read_json(path, f"a saved {cls.__name__}")
+        return cls.from_json(values if isinstance(values, dict) else {}, path)
+
+    @classmethod
+    def from_json(cls: type[SomeResult], values: dict[str, Any], path: str | Path) -> SomeResult:
+        """The result of what `as_json` gave; `path` is named where it is damaged or of another kind."""
+        check_kind(path, values, cls.__name__)
         with building_from(path):
             return cls(**{field.name: _decode(values[field.name]) for field in fields(cls)})  # type: ignore[arg-type]
+
+
+def read_json(path: str | Path, expected: str) -> Any:
+    """The value of a JSON file. Raises `FileError` where it is missing or damaged."""
+    if not Path(path).is_file():
+        raise FileError(f"no file {path}: expected {expected}")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise FileError(f"{path} is damaged or no JSON ({error}); make it again") from error
 
 
 def check_kind(path: str | Path, header: dict, kind: str) -> None:

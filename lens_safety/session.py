@@ -1,11 +1,12 @@
 """What every analysis script needs: arguments, a model, residual streams read once, a results folder."""
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from . import tokens as tok
-from .files import write_csv
+from .files import Result, building_from, read_json, write_csv, write_text
 from .intervals import interval_text
 from .models import fingerprint, load_model
 from .prompts import DATA_VARIABLE, PromptSet, load_prompts
 from .residuals import ResidualCache, residual_streams
+from .responses import SteeringSweep
 from .types import LensSafetyError, OptionError, ResidualModel
 
 _INTERVAL = ("_low", "_high")
@@ -119,6 +121,22 @@ class Session:
         console.print(f"[dim]{path}[/]")
         return path
 
+    def draw(
+        self,
+        plot: Callable[..., Any],
+        *results: Result,
+        name: str = "",
+        options: dict[str, Any] | None = None,
+    ) -> Path:
+        """Save `plot(*results, **options)`, one of `plots`, as `save_figure` does, and as JSON what it shows.
+
+        From that file `analyses/figures.py` draws it again, without a model; it holds no texts.
+        """
+        recipe = {"plot": plot.__name__, "options": options or {}}
+        kept = recipe | {"results": [_slim(result).as_json() for result in results]}
+        write_text(self.path(name, "json"), json.dumps(_short(kept), separators=(",", ":")) + "\n")
+        return self.save_figure(drawn_again(self.path(name, "json")), name)
+
     def save_figure(self, figure: Any, name: str = "") -> Path:
         """An HTML file that opens offline, and a PNG where the extra `figures` is installed."""
         from .plots import save_html, save_image
@@ -140,6 +158,36 @@ class Session:
     def path(self, name: str, ending: str) -> Path:
         """Where this script's file of that name goes."""
         return self.results / f"{self.number}{f'_{name}' if name else ''}.{self.model_name}.{ending}"
+
+
+def drawn_again(path: str | Path) -> Any:
+    """The figure of a file that `Session.draw` wrote. Raises `FileError` for any other file."""
+    from . import plots
+
+    kept = read_json(path, "what a figure was drawn from")
+    kinds = {kind.__name__: kind for kind in Result.__subclasses__()}
+    with building_from(path):
+        results = [kinds[values["kind"]].from_json(values, path) for values in kept["results"]]
+        draw, options = vars(plots)[kept["plot"]], kept["options"]
+    return draw(*results, **options)
+
+
+def _slim(result: Result) -> Result:
+    """A sweep without what no figure of it shows: texts, prompts (their numbers stay), flows."""
+    if not isinstance(result, SteeringSweep):
+        return result
+    numbers = pd.factorize(result.frame["prompt"])[0]
+    frame = result.frame.assign(text="", prompt=[str(number) for number in numbers])
+    return replace(result, frame=frame, flow=np.zeros((len(frame), 0)), layers_read=(), norms=())
+
+
+def _short(value: Any) -> Any:
+    """Numbers with six digits, in whatever holds them."""
+    if isinstance(value, dict):
+        return {key: _short(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _drawn(prompts: PromptSet, most: int, seed: int) -> PromptSet:

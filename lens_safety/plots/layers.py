@@ -21,6 +21,7 @@ def layer_curve(table: LayerTable) -> go.Figure:
     band = {"x": [*x, *x[::-1]], "y": [*frame["auroc_high"], *frame["auroc_low"][::-1]]}
     figure.add_scatter(
         **band,
+        mode="lines",
         fill="toself",
         fillcolor=pale(DANGEROUS),
         line_width=0,

@@ -1,5 +1,8 @@
 """Steering: dose and response, maps, operators, prompts."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -34,7 +37,8 @@ _MEASURE_NAMES = {
 def dose_response(sweep: SteeringSweep, layer: int | None = None, *, measure: str | None = None) -> go.Figure:
     """Effect and damage against the multiplier, beside random directions of that norm, to the cliff.
 
-    The band spans the means of the random directions; the dashed line is the unsteered model.
+    The band spans the means of the random directions; the dashed line is the unsteered model. Where the
+    largest multiplier is more than ten times the smallest, they stand at asinh(multiplier / smallest).
     """
     shown, layer = measure or sweep.measure, sweep.layers[0] if layer is None else layer
     summary = sweep.summary(layer)
@@ -52,9 +56,11 @@ def dose_response(sweep: SteeringSweep, layer: int | None = None, *, measure: st
             figure.add_hline(base, row=row, col=1, line={"color": CONTROL, "dash": "dash", "width": 1})  # type: ignore[arg-type]
         figure.update_yaxes(title_text=label, row=row, col=1)
     _mark_cliff(figure, sweep, layer)
-    title = f"multiplier of the vector ({sweep.operator})<br>+ is toward the class labelled True"
+    squeezed = _squeeze_wide_range(figure, summary["multiplier"].to_numpy(dtype=float))
+    scale = ", asinh scale" if squeezed else ""
+    title = f"multiplier of the vector ({sweep.operator}{scale})<br>+ is toward the class labelled True"
     figure.update_xaxes(title_text=title, row=len(measures), col=1)
-    figure.update_layout(margin_b=68)
+    figure.update_layout(margin_b=76)
     note = (
         f"{sweep.model} · layer {layer} · n = {sweep.n_prompts} prompts · means with 95% intervals · dashed: "
         "unsteered"
@@ -137,6 +143,37 @@ def plain_name(measure: str) -> str:
     return _MEASURE_NAMES.get(measure, measure).replace("<br>", " ")
 
 
+def _squeeze_wide_range(figure: go.Figure, multipliers: np.ndarray) -> bool:
+    """Where multipliers differ more than tenfold, all that stands at one goes to its asinh; ticks say it."""
+    sizes = np.unique(np.abs(multipliers[multipliers != 0]))
+    if not len(sizes) or sizes[-1] <= 10 * sizes[0]:
+        return False
+
+    def place(m: Any) -> Any:
+        return np.arcsinh(np.asarray(m, dtype=float) / sizes[0])
+
+    for trace in figure.data:
+        trace.x = place(trace.x)
+    for mark in (*figure.layout.shapes, *figure.layout.annotations):
+        for end in ("x0", "x1", "x"):
+            # Lines across a whole panel count in shares of it.
+            if end in mark and mark[end] is not None and "domain" not in str(mark.xref):
+                mark[end] = float(place(mark[end]))
+    ticks = _apart(np.unique(multipliers), place)
+    figure.update_xaxes(tickvals=place(ticks), ticktext=[f"{m:g}" for m in ticks])
+    return True
+
+
+def _apart(multipliers: np.ndarray, place: Callable[[Any], Any]) -> list[float]:
+    """0, then from the outermost inwards those whose labels do not touch on a narrow page."""
+    near = 0.085 * float(np.ptp(place(multipliers)))
+    shown = [0.0]
+    for m in sorted(multipliers, key=abs, reverse=True):
+        if all(abs(place(m) - place(other)) > near for other in shown):
+            shown.append(float(m))
+    return sorted(shown)
+
+
 def _dose_curve(summary: pd.DataFrame, direction: str, name: str, *, legend: bool) -> go.Scatter:
     part = summary.loc[summary["direction"] == direction].sort_values("multiplier")
     return go.Scatter(
@@ -147,8 +184,8 @@ def _dose_curve(summary: pd.DataFrame, direction: str, name: str, *, legend: boo
         name="content vector",
         showlegend=legend,
         error_y=error_bar(part, name) | {"thickness": 1},
-        customdata=part["dose"],
-        hovertemplate="multiplier %{x}, dose %{customdata:.2f}: %{y:.4f}",
+        customdata=part[["multiplier", "dose"]].to_numpy(),
+        hovertemplate="multiplier %{customdata[0]:g}, dose %{customdata[1]:.2f}: %{y:.4f}",
     )
 
 
