@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Threads that spin for a core that another process has slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gemma study analyses steering test docker-check check format clean
+.PHONY: setup gemma study analyses steering figures gallery notebooks test docker-check check format clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,10 @@ analyses: setup
 steering: setup
 	for script in analyses/09*.py analyses/1*.py; do $(BIN)/python $$script || exit; done
 	$(BIN)/python analyses/results_table.py
+
+# Runs each notebook of `examples/` in a fresh kernel and keeps its outputs, with pictures of its figures.
+notebooks: setup
+	$(BIN)/python tests/notebooks.py
 
 test: setup check
 	$(BIN)/python -m pytest -n 2

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lens_safety.models import (
     hooked_available,
     resid_hook,
 )
-from lens_safety.prompts import DATA_VARIABLE, Prompt, PromptSet
+from lens_safety.prompts import BUILT_IN, DATA_VARIABLE, Prompt, PromptSet
 from lens_safety.residuals import ResidualCache, residual_streams
 from lens_safety.tokens import encode
 from lens_safety.wheels import SMOLLM2, parts_of
@@ -210,6 +211,37 @@ def built_in_cache(built_in, built_in_caches: dict):
         return built_in_caches[name]
 
     return read
+
+
+@pytest.fixture
+def loaded(built_in, built_in_cache, monkeypatch: pytest.MonkeyPatch):
+    """The session's model and residual streams stand in for loading and reading them again."""
+    # All of them now: a room that is first imported below would keep the stand-in after the test.
+    rooms = {name: import_module(f"lens_safety.{name}") for name in (*ls._ROOMS, "cli")}
+    real = ls.residual_streams
+
+    def read(model, prompts, **options):
+        known = isinstance(prompts, PromptSet) and prompts.name in BUILT_IN
+        whole = known and prompts.digest == ls.load_prompts(prompts.name).digest
+        plain = options.get("position", "content_mean") == "content_mean" and not options.get("layers")
+        same = model is built_in and whole and plain
+        return built_in_cache(prompts.name) if same else real(model, prompts, **options)
+
+    monkeypatch.setattr(ls, "load_model", lambda *args, **options: built_in)
+    monkeypatch.setattr(rooms["cli"], "_load", lambda model, engine: built_in)
+    for room in ("residuals", "study"):
+        monkeypatch.setattr(rooms[room], "residual_streams", read)
+    monkeypatch.setattr(ls, "residual_streams", read)
+
+
+def short_sweep(real, *, n=1, max_new_tokens=3, neutral=()):
+    """A sweep over the first `n` prompts and few tokens, for code that is shown and has to run."""
+
+    def sweep(model, vectors, prompts, **options):
+        shorter = {"max_new_tokens": max_new_tokens, "neutral": list(neutral)}
+        return real(model, vectors, prompts[:n], **(options | shorter))
+
+    return sweep
 
 
 TEXTS = (

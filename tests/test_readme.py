@@ -11,11 +11,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import require_data, write_tiny_model
+from conftest import require_data, short_sweep, write_tiny_model
 
 import lens_safety as ls
 from lens_safety import cli
-from lens_safety.prompts import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,25 +24,6 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("lens-safety ")
 ]
-
-
-@pytest.fixture
-def loaded(built_in, built_in_cache, monkeypatch):
-    """The session's model and residual streams stand in for loading and reading them again."""
-    # All of them now: a room that is first imported below would keep the stand-in after the test.
-    rooms = {name: import_module(f"lens_safety.{name}") for name in ls._ROOMS}
-    real = ls.residual_streams
-
-    def read(model, prompts, **options):
-        known = isinstance(prompts, ls.PromptSet) and prompts.name in BUILT_IN
-        plain = options.get("position", "content_mean") == "content_mean" and not options.get("layers")
-        return built_in_cache(prompts.name) if known and plain else real(model, prompts, **options)
-
-    monkeypatch.setattr(ls, "load_model", lambda *args, **options: built_in)
-    monkeypatch.setattr(cli, "_load", lambda model, engine: built_in)
-    for room in ("residuals", "study"):
-        monkeypatch.setattr(rooms[room], "residual_streams", read)
-    monkeypatch.setattr(ls, "residual_streams", read)
 
 
 def test_the_python_of_the_readme_runs(loaded, capsys, monkeypatch, tmp_path):
@@ -82,14 +62,6 @@ def test_each_command_of_the_readme_runs(loaded, command, monkeypatch, tmp_path,
     assert bool(started) == (arguments[1] == "dashboard")
     if "--out" in arguments:
         assert (tmp_path / arguments[arguments.index("--out") + 1]).exists()
-
-
-def short_sweep(real, *, n=1, max_new_tokens=3, neutral=()):
-    def sweep(model, vectors, prompts, **options):
-        shorter = {"max_new_tokens": max_new_tokens, "neutral": list(neutral)}
-        return real(model, vectors, prompts[:n], **(options | shorter))
-
-    return sweep
 
 
 def test_the_commands_of_the_readme_are_all_of_them():
