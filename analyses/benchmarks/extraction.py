@@ -1,13 +1,16 @@
 """Question: what does reading every layer cost beside the forward pass that has to run anyway?
 
-Method: the residual streams of 256 chat prompts (`residual_streams`: encoding, batching, hooks, all
-layers), against a bare forward pass through the same engine's body (no unembedding, no hooks) over the
-same token batches; against `run_with_cache` of everything as it is called by hand (the prompts in the
-order given, 32 at a time); and against `run_with_cache` over our batches, which are sorted by length.
-They take turns, so that a slow minute hits all of them; medians of several rounds.
-Control: the bare body. No extraction through this engine can be faster on the same batches.
-Reading: `vs_body` near 1 means that the hooks cost nothing; `vs_run_with_cache` is what is saved, and
-`vs_run_with_cache_sorted` how much of that is not due to sorting.
+Method: the residual streams of 256 chat prompts and of the same prompts as plain text (`residual_streams`:
+encoding, batching, hooks, all layers), against a bare forward pass (no unembedding, no hooks) over the same
+prompts, whole, sorted by length and batched: through Hugging Face's body and through the same engine's;
+against `run_with_cache` of everything as it is called by hand (the prompts in the order given, 32 at a
+time); and against `run_with_cache` over our batches, which are sorted by length. They take turns, so that a
+slow minute hits all of them; medians of several rounds.
+Control: the bare bodies. No extraction that runs every token can be faster on the same batches.
+Reading: `chat_vs_floor` below 1 is what the shared beginning of the chat template saves, against Hugging
+Face's body; `plain_vs_floor` near 1 means that the hooks cost nothing, against the same engine's body;
+`vs_run_with_cache` is what is saved in all, and `vs_run_with_cache_sorted` how much of that is not due to
+sorting.
 
     python analyses/benchmarks/extraction.py --engine hooked --rounds 3 [--json]
 """
@@ -29,40 +32,52 @@ from lens_safety.tokens import Batch, batches, encode, pad
 
 N_PROMPTS = 256
 BY_HAND = 32
+RATIOS = {
+    "chat_vs_floor": ("residual_streams, chat", "Hugging Face body, chat"),
+    "chat_vs_body": ("residual_streams, chat", "body, chat"),
+    "plain_vs_floor": ("residual_streams, plain", "body, plain"),
+    "vs_run_with_cache": ("residual_streams, chat", "run_with_cache"),
+    "vs_run_with_cache_sorted": ("residual_streams, chat", "run_with_cache, sorted"),
+}
+"""Each ratio as (ours, theirs)."""
 
 
 def main() -> None:
     options = arguments()
     model = ls.load_model(options.model, engine=options.engine)
+    reference = model if engine_of(model) == "bridge" else ls.load_model(options.model, engine="bridge")
     prompts = benchmark_prompts(options.prompts)
     encoded = encode(model, prompts.texts)
-    ready = list(batches(model, encoded, batch_tokens=BATCH_TOKENS))
+    chat = list(batches(model, encoded, batch_tokens=BATCH_TOKENS))
+    plain = list(batches(model, encode(model, prompts.texts, template="raw"), batch_tokens=BATCH_TOKENS))
     in_order = [
         pad(model, encoded, range(start, min(start + BY_HAND, len(encoded))))
         for start in range(0, len(encoded), BY_HAND)
     ]
-    body = bare_body(model)
+    body, hugging_face = bare_body(model), bare_body(reference)
     contenders: dict[str, Callable[[], object]] = {
-        "residual_streams": lambda: ls.residual_streams(model, prompts, progress=False),
-        "body": lambda: on_each(ready, body),
+        "residual_streams, chat": lambda: ls.residual_streams(model, prompts, progress=False),
+        "Hugging Face body, chat": lambda: on_each(chat, hugging_face),
+        "body, chat": lambda: on_each(chat, body),
         "run_with_cache": lambda: on_each(in_order, model.run_with_cache),
-        "run_with_cache_sorted": lambda: on_each(ready, model.run_with_cache),
+        "run_with_cache, sorted": lambda: on_each(chat, model.run_with_cache),
+        "residual_streams, plain": lambda: ls.residual_streams(
+            model, prompts, template="raw", progress=False
+        ),
+        "body, plain": lambda: on_each(plain, body),
     }
-    with borrowed(model):
-        on_each(ready[:1], body)
+    with borrowed(model), borrowed(reference):
+        on_each(chat[:1], body)
+        on_each(chat[:1], hugging_face)
         seconds = take_turns(contenders, options.rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = {
-        f"vs_{name}": round(medians["residual_streams"] / value, 3)
-        for name, value in medians.items()
-        if name != "residual_streams"
-    }
+    ratios = {name: round(medians[ours] / medians[theirs], 3) for name, (ours, theirs) in RATIOS.items()}
     if options.json:
         print(json.dumps(ratios))
         return
-    n_tokens = int(sum(batch.lengths.sum() for batch in ready))
+    n_tokens = int(sum(batch.lengths.sum() for batch in chat))
     print(
-        f"{engine_of(model)} engine, {len(prompts)} prompts, {n_tokens} tokens, "
+        f"{engine_of(model)} engine, {len(prompts)} prompts, {n_tokens} chat tokens, "
         f"{torch.get_num_threads()} threads, median of {options.rounds} rounds"
     )
     for name, value in medians.items():
