@@ -22,7 +22,7 @@ from .findings import (
     study_findings,
     sweep_findings,
 )
-from .plots.style import FAINT, INK, PAPER, SAFE, SOFT, palette
+from .plots.style import FAINT, INK, PAPER, SAFE, SOFT, palette, rgba, templates
 from .responses import ASKED, CONTENT, UNSTEERED, SteeringSweep
 from .separation import LayerTable
 
@@ -143,15 +143,7 @@ def _write(
 
 
 def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lens_safety", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters["interval"] = lambda row, name: " ".join(shown(row, name, signed=False))
     environment.filters["signed"] = lambda row, name: " ".join(shown(row, name))
     environment.filters["number"] = number_text
@@ -167,13 +159,8 @@ def _colours() -> dict[str, str]:
     """Each colour of the figures and what stands for it on dark paper, in both ways of writing it."""
     pairs = palette("dark").items()
     return {light.lower(): dark.lower() for light, dark in pairs} | {
-        _rgba(light): _rgba(dark) for light, dark in pairs
+        rgba(light): rgba(dark) for light, dark in pairs
     }
-
-
-def _rgba(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, "
 
 
 def _read_from(detector: Detector) -> str:

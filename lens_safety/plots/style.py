@@ -304,8 +304,26 @@ def signed(values: np.ndarray) -> list[str]:
 
 
 def pale(colour: str, opacity: float = 0.18) -> str:
+    return f"{rgba(colour)}{opacity})"
+
+
+def rgba(colour: str) -> str:
+    """How "#0072B2" begins where an opacity follows: "rgba(0, 114, 178, "."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, {opacity})"
+    return f"rgba({red}, {green}, {blue}, "
+
+
+def templates() -> Any:
+    """The package's page templates, whose texts are escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("lens_safety", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def provenance(vectors: ContentVectors) -> str:

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from ..files import write_text
 from ..readings import DETECTOR, AttentionPatterns, TokenScores
 from ..types import OptionError
-from .style import ACCENT, CONTROL, DANGEROUS, INK, SAFE, pale, signed, styled
+from .style import ACCENT, CONTROL, DANGEROUS, INK, SAFE, pale, signed, styled, templates
 
 ENDS = ("#73B1D4", "#E28E4D")
 """Blue and vermilion of the house style, so pale that black text is readable on them."""
@@ -335,7 +335,7 @@ def _inert(token: str) -> str:
 def _view(name: str, title: str, lines: list[str], data: dict[str, Any], text: str, **inside: Any) -> View:
     key = hashlib.sha256(json.dumps([name, title, lines, data]).encode()).hexdigest()[:16]
     html = (
-        _environment()
+        templates()
         .get_template(name)
         .render(key=key, title=title, lines=lines, data=data, text=text, **inside)
     )
@@ -343,17 +343,5 @@ def _view(name: str, title: str, lines: list[str], data: dict[str, Any], text: s
 
 
 def _page(views: Sequence[View]) -> str:
-    page = _environment().get_template("view_page.html")
+    page = templates().get_template("view_page.html")
     return page.render(title=views[0].title, source=circuits_js(), fragments=[view.html for view in views])
-
-
-def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("lens_safety", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
