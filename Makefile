@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Threads that spin for a core that another process has slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gemma study analyses steering test check format clean
+.PHONY: setup gemma study analyses steering figures gallery test check format clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,14 @@ analyses: setup
 steering: setup
 	for script in analyses/09*.py analyses/1*.py; do $(BIN)/python $$script || exit; done
 	$(BIN)/python analyses/results_table.py
+
+# Every figure and token view from real results, on one page.
+gallery: setup
+	$(BIN)/python analyses/gallery.py
+
+# The README's figures again, from the result files beside them.
+figures: setup
+	$(BIN)/python analyses/figures.py
 
 test: setup check
 	$(BIN)/python -m pytest -n 2

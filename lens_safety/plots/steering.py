@@ -152,8 +152,7 @@ def _squeeze_wide_range(figure: go.Figure, multipliers: np.ndarray) -> bool:
     def place(m: Any) -> Any:
         return np.arcsinh(np.asarray(m, dtype=float) / sizes[0])
 
-    for trace in figure.data:
-        trace.x = place(trace.x)
+    figure.for_each_trace(lambda trace: trace.update(x=place(trace.x)))
     for mark in (*figure.layout.shapes, *figure.layout.annotations):
         for end in ("x0", "x1", "x"):
             # Lines across a whole panel count in shares of it.
