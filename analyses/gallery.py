@@ -68,6 +68,10 @@ class Results:
     def best(self) -> int:
         return self.tables[0].best_layer
 
+    @property
+    def k(self) -> int:
+        return min(20, self.content.vectors.shape[1])
+
 
 class Shown(NamedTuple):
     """A figure or view of the gallery: the function of `plots`, a sentence, and how it is drawn."""
@@ -112,12 +116,12 @@ GROUPS: dict[str, tuple[Shown, ...]] = {
         Shown(
             "top_dimensions",
             "The dimensions in which safe and dangerous prompts differ most.",
-            lambda r: plots.top_dimensions(r.content, r.best),
+            lambda r: plots.top_dimensions(r.content, r.best, r.k),
         ),
         Shown(
             "dimension_map",
             "Whether the same dimensions carry the vector from layer to layer.",
-            lambda r: plots.dimension_map(r.content),
+            lambda r: plots.dimension_map(r.content, k=r.k),
         ),
         Shown(
             "cosine_map",
@@ -417,32 +421,35 @@ def page(results: Results) -> str:
     groups, figures = [], {}
     for group, entries in GROUPS.items():
         shown = []
-        for entry in entries:
-            drawn, key = entry.draw(results), f"{entry.plot}-{len(figures) + len(shown)}"
-            view = drawn if isinstance(drawn, plots.View) else None
-            shown.append({"plot": entry.plot, "says": entry.says, "key": key, "view": view})
-            if view is None:
-                figures[key] = drawn
-            shown[-1]["height"] = None if view else drawn.layout.height
+        for number, entry in enumerate(entries, start=1):
+            drawn, key = entry.draw(results), f"{entry.plot}-{number}"
+            one = {"plot": entry.plot, "says": entry.says, "key": key, "view": None, "height": 0}
+            if isinstance(drawn, plots.View):
+                one["view"] = drawn.html
+            else:
+                one["height"] = drawn.layout.height
+                figures[key] = both_themes(drawn)
+            shown.append(one)
         groups.append({"title": group, "key": group.lower().replace(" ", "-"), "entries": shown})
     return template().render(
         model=results.content.model.name,
         second=results.tables[1].model,
         groups=groups,
-        figures=json.dumps({key: both_themes(figure) for key, figure in figures.items()}).replace(
-            "</", "<\\/"
-        ),
+        figures=json.dumps(figures).replace("</", "<\\/"),
         plotly_js=plots.plotly_js(),
         circuits_js=plots.circuits_js(),
-        themes={
-            theme: {name: palette(theme)[colour] for name, colour in COLOURS.items()}
-            for theme in ("light", "dark")
-        },
+        parts={"colours": variables},
+        themes={"light": "light", "dark": "dark"},
     )
 
 
+def variables(theme: str) -> str:
+    """The colours of a theme as CSS variables, as the package's style sheet names them."""
+    return "".join(f"--{name}: {palette(theme)[colour]}; " for name, colour in COLOURS.items())
+
+
 def both_themes(figure: Any) -> dict[str, Any]:
-    return {theme: json.loads(plots.themed(figure, theme).to_json()) for theme in ("light", "dark")}
+    return {theme: json.loads(str(plots.themed(figure, theme).to_json())) for theme in ("light", "dark")}
 
 
 def template() -> Any:
