@@ -16,6 +16,9 @@ from lens_safety import plots
 
 SCRIPT = Path(__file__).parents[1] / "analyses" / "gallery.py"
 
+HINTS = ("Canvas2D: Multiple readback", "[.WebGL-")
+"""What Chromium says of the speed of a canvas when it draws without a graphics card."""
+
 CUT_OR_OVERLAPPING = """
 () => {
   // What a reader reads, by what it is; the rotated and the wrapped ones are boxes too.
@@ -32,14 +35,14 @@ CUT_OR_OVERLAPPING = """
       for (const element of plot.querySelectorAll(chosen)) {
         const r = element.getBoundingClientRect(), text = element.textContent;
         const shown = getComputedStyle(element).opacity !== "0" && r.width > 0 && r.height > 0;
-        if (shown && text.trim()) seen.push({ kind, text, r });
+        if (shown && text.trim()) seen.push({ kind, text, r, element });
       }
     const name = plot.dataset.figure ?? plot.id;
     for (const { kind, text, r } of seen)
       if (Math.max(box.left - r.left, r.right - box.right, box.top - r.top, r.bottom - box.bottom) > 1)
         said.push(`${name}: ${kind} "${text}" is cut`);
     seen.forEach((a, i) => seen.slice(i + 1).forEach(b => {
-      if (a.kind === "tick" && b.kind === "tick") return;
+      if ((a.kind === "tick" && b.kind === "tick") || a.element.contains(b.element)) return;
       const x = Math.min(a.r.right, b.r.right) - Math.max(a.r.left, b.r.left);
       const y = Math.min(a.r.bottom, b.r.bottom) - Math.max(a.r.top, b.r.top);
       if (x > 2 && y > 3) said.push(`${name}: ${a.kind} "${a.text}" overlaps ${b.kind} "${b.text}"`);
@@ -117,7 +120,8 @@ def test_in_a_browser_every_figure_is_drawn_and_none_is_cut_at_both_widths(page:
             drawn_everywhere(shown, theme)
             assert shown.evaluate(CUT_OR_OVERLAPPING) == [], width
             assert shown.evaluate("document.documentElement.scrollWidth") <= width
-        assert (heard.errors, heard.left) == ([], [])
+        assert [error for error in heard.errors if not error.startswith(HINTS)] == []
+        assert heard.left == []
 
 
 def test_a_cut_or_overlapping_text_is_seen(gallery: ModuleType):
