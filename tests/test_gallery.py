@@ -12,6 +12,7 @@ import pytest
 from browsing import Heard, browser
 from conftest import write_tiny_model
 
+import lens_safety as ls
 from lens_safety import plots
 
 SCRIPT = Path(__file__).parents[1] / "analyses" / "gallery.py"
@@ -83,8 +84,11 @@ def page(gallery: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gallery")
     write_tiny_model(folder / "tiny", "llama", n_ctx=512)
     given = ["gallery.py", "--model", str(folder / "tiny"), "--rows", "24", "--store", str(folder / "store")]
+    fit = ls.Detector.fit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", given)
+        # Three folds tell as well whether a figure is whole.
+        patch.setattr(ls.Detector, "fit", lambda *cache, **o: fit(*cache, **({"folds": 3} | o)))
         gallery.main()
     return folder / "gallery" / "index.html"
 
@@ -126,7 +130,9 @@ def test_in_a_browser_every_figure_is_drawn_and_none_is_cut_at_both_widths(page:
 
 def test_a_cut_or_overlapping_text_is_seen(gallery: ModuleType):
     figure: Any = go.Figure(go.Scatter(y=[1, 2]))
-    figure.update_layout(height=300, margin_b=4, margin_l=80, xaxis_title="an axis that is cut")
+    figure.update_layout(
+        height=300, margin_b=4, margin_l=80, xaxis_title="an axis that is cut", xaxis_automargin=False
+    )
     for text in ("one note", "upon another"):
         figure.add_annotation(x=0.5, y=1.5, text=text, showarrow=False)
     with browser() as chromium:
