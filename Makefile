@@ -42,6 +42,14 @@ steering: setup
 notebooks: setup
 	$(BIN)/python tests/notebooks.py
 
+# Every figure and token view from real results, on one page.
+gallery: setup
+	$(BIN)/python analyses/gallery.py
+
+# The README's figures again, from the result files beside them.
+figures: setup
+	$(BIN)/python analyses/figures.py
+
 test: setup check
 	$(BIN)/python -m pytest -n 2
 

@@ -132,6 +132,27 @@ def test_dose_response_without_kl_and_controls_has_fewer_panels():
     assert {trace.name for trace in figure.data} == {"content vector"}
 
 
+def test_dose_response_over_more_than_a_tenfold_of_multipliers_squeezes_its_axis():
+    wide = {-4.0: -50.0, -2.0: -2.0, 0.0: 0.0, 2.0: 2.0, 4.0: 50.0}
+    sweep = linear()
+    frame = sweep.frame.assign(multiplier=sweep.frame["multiplier"].map(wide))
+    figure: Any = plots.dose_response(replace(sweep, frame=frame))
+    place = np.arcsinh(np.array([-25, -1, 0, 1, 25]))
+    content = next(trace for trace in figure.data if trace.name == "content vector")
+    np.testing.assert_allclose(content.x, place)
+    assert [row[0] for row in content.customdata] == [-50, -2, 0, 2, 50]
+    np.testing.assert_allclose(figure.layout.xaxis4.tickvals, place)
+    assert list(figure.layout.xaxis4.ticktext) == ["-50", "-2", "0", "2", "50"]
+    assert "asinh scale" in figure.layout.xaxis4.title.text
+    cliffs = sorted({s.x0 for s in figure.layout.shapes if s.x0 == s.x1})
+    np.testing.assert_allclose(cliffs, np.arcsinh([-26 / 2, 26 / 2]))
+    assert {a.x for a in figure.layout.annotations} == set(cliffs)
+    plain: Any = plots.dose_response(sweep)
+    np.testing.assert_allclose(plain.data[1].x, [-4, -2, 0, 2, 4])
+    assert plain.layout.xaxis4.tickvals is None
+    assert "asinh" not in plain.layout.xaxis4.title.text
+
+
 def test_the_steering_map_is_layer_by_multiplier_around_no_change():
     figure: Any = plots.steering_map(linear())
     effect, damage = figure.data

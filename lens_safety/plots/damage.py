@@ -105,7 +105,7 @@ def operators(*sweeps: SteeringSweep, measure: str | None = None) -> go.Figure:
             entry = f"{sweep.operator}, layer {layer}" if several else sweep.operator
             _operator_lines(figure, rows, entry, next(colours))
     figure.add_hline(0, line={"color": INK, "dash": "dot", "width": 1})
-    figure.update_xaxes(title_text="damage: KL on neutral prompts (nats)", type="log")
+    figure.update_xaxes(title_text="damage: KL on neutral prompts (nats)", type="log", exponentformat="none")
     figure.update_yaxes(title_text=f"change of {plain_name(name)}")
     models = ", ".join(dict.fromkeys(sweep.model for sweep in sweeps))
     layers = sorted({layer for sweep in sweeps for layer in sweep.layers})
@@ -145,7 +145,9 @@ def consistency(result: Consistency, layer: int | None = None) -> go.Figure:
     figure.add_trace(_silent_bars(once), row=3, col=1)
     for row in (1, 2):
         figure.add_hline(0, row=row, col=1, line={"color": INK, "dash": "dot", "width": 1})  # type: ignore[arg-type]
-    figure.update_xaxes(title_text="layer read (resid_post)", row=1, col=1)
+    few = int(np.ptp(frame["read_layer"].to_numpy())) <= 8
+    # No half layers.
+    figure.update_xaxes(title_text="layer read (resid_post)", dtick=1 if few else None, row=1, col=1)
     figure.update_xaxes(title_text="multiplier of the vector", row=2, col=1)
     figure.update_xaxes(title_text="multiplier of the vector", row=3, col=1, type="category")
     figure.update_yaxes(title_text="shift (content<br>vectors)", row=1, col=1)

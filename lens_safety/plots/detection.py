@@ -93,7 +93,7 @@ def comparison(result: DetectorComparison, *, measure: str = "accuracy") -> go.F
     figure.update_yaxes(tickvals=detectors, ticktext=[wrapped(d, _NAME) for d in detectors])
     figure.update_layout(showlegend=False)
     note = f"{result.model} · 95% intervals · dotted: {_chance_name(measure)}"
-    return styled(figure, "Tone against content vectors", note, figure.layout.height, above=30)
+    return styled(figure, "Detectors on the same prompts", note, figure.layout.height, above=30)
 
 
 def models_side_by_side(*results: DetectorComparison, measure: str = "auroc") -> go.Figure:

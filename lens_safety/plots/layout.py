@@ -43,8 +43,9 @@ def legend_below(figure: go.Figure) -> go.Figure:
         margin_b=_AXIS_ROOM + below,
         showlegend=True,
         legend={
+            "orientation": "h",
             # One below the other on a wide page too, else the room for a narrow one would be blank there.
-            "orientation": "v" if columns == 1 else "h",
+            **({"entrywidthmode": "fraction", "entrywidth": 1.0} if columns == 1 else {}),
             "traceorder": "normal",
             "yref": "container",
             "y": below / height,

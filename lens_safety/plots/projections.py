@@ -35,7 +35,7 @@ _OF_VARIANCE = {2: " of variance", 3: ""}
 _SYMBOLS = ("circle", "diamond", "square", "cross", "x")
 _LABELS = {"safe": (SAFE, "circle"), "dangerous": (DANGEROUS, "diamond"), "unlabelled": (CONTROL, "square")}
 _Points = Float[np.ndarray, "prompt axis"]
-_Folds = list[Int[np.ndarray, " row"]]
+_Folds = list[Int[np.ndarray, " _"]]
 
 
 def projection(

@@ -54,7 +54,8 @@ def dose_response(sweep: SteeringSweep, layer: int | None = None, *, measure: st
         base = float(summary.loc[summary["multiplier"] == 0, name].iloc[0])
         if np.isfinite(base) and name != "kl":
             figure.add_hline(base, row=row, col=1, line={"color": CONTROL, "dash": "dash", "width": 1})  # type: ignore[arg-type]
-        figure.update_yaxes(title_text=label, row=row, col=1)
+        mode = "nonnegative" if name in ("kl", "repeated_4grams") else "normal"
+        figure.update_yaxes(title_text=label, rangemode=mode, row=row, col=1)
     _mark_cliff(figure, sweep, layer)
     squeezed = _squeeze_wide_range(figure, summary["multiplier"].to_numpy(dtype=float))
     scale = ", asinh scale" if squeezed else ""
@@ -152,8 +153,7 @@ def _squeeze_wide_range(figure: go.Figure, multipliers: np.ndarray) -> bool:
     def place(m: Any) -> Any:
         return np.arcsinh(np.asarray(m, dtype=float) / sizes[0])
 
-    for trace in figure.data:
-        trace.x = place(trace.x)
+    figure.for_each_trace(lambda trace: trace.update(x=place(trace.x)))
     for mark in (*figure.layout.shapes, *figure.layout.annotations):
         for end in ("x0", "x1", "x"):
             # Lines across a whole panel count in shares of it.
