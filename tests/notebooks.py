@@ -60,7 +60,7 @@ def run(notebook: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
-            timeout=600,
+            timeout=3600,
             record_timing=False,
             coalesce_streams=True,
             extra_arguments=["--log-level=ERROR"],
@@ -157,7 +157,9 @@ def _figures(found: list[Any]) -> list[bytes]:
     figures = [go.Figure({part: data[FIGURE][part] for part in ("data", "layout")}) for data in found]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"{number}.png") for number in range(len(figures))]
-        pio.write_images(figures, files, width=WIDTH, scale=SCALE)
+        # Unlike a single figure's, the height of the layout is not taken by itself.
+        heights = [figure.layout.height for figure in figures]
+        pio.write_images(figures, files, width=WIDTH, height=heights, scale=SCALE)
         return [file.read_bytes() for file in files]
 
 
