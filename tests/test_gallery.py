@@ -143,7 +143,7 @@ def test_a_cut_or_overlapping_text_is_seen(gallery: ModuleType):
         shown.set_content(figure.to_html(include_plotlyjs=True, default_height="300px"))
         said = shown.evaluate(CUT_OR_OVERLAPPING)
     names = {line.partition(": ")[2] for line in said}
-    assert {'axis "an axis that is cut" is cut', 'note "one note" overlaps note "upon another"'} <= names
+    assert {'tick "0" is cut', 'note "one note" overlaps note "upon another"'} <= names
 
 
 def drawn_everywhere(shown: Any, theme: str) -> None:
