@@ -37,6 +37,7 @@ PROMPTS = (
 )
 MAP = (-4.0, -2.0, 2.0, 4.0)
 STRONG = (-100.0, -20.0, -8.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0, 20.0, 100.0)
+OF_CONTROLS = (2.0, 8.0, 100.0)
 OPERATORS = {"add": MAP, "add-norm": (-0.3, -0.15, 0.15, 0.3), "rotate:5": (-4.0, -2.0, 2.0, 4.0)}
 COLOURS = {"paper": PAPER, "ink": INK, "soft": SOFT, "line": FAINT, "accent": SAFE}
 
@@ -404,7 +405,7 @@ def sweeps(session: Session, vectors: ls.ContentVectors) -> dict[str, Any]:
     ]
     return {
         "sweep": sweep,
-        "strong": swept([middle], STRONG, control_multipliers=[-100.0, -8.0, -2.0, 2.0, 8.0, 100.0]),
+        "strong": swept([middle], STRONG, control_multipliers=[m for m in STRONG if abs(m) in OF_CONTROLS]),
         "operators": tuple(operators),
         "seen": ls.consistency(judge, sweep),
     }

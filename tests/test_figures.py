@@ -24,9 +24,9 @@ NAME = "12_sentiment_negative.smollm2-135m-instruct"
 
 
 @pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, go.Figure]:
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Each figure that was saved as a picture, by the picture's name; a Chromium draws none."""
-    saved: dict[str, go.Figure] = {}
+    saved: dict[str, Any] = {}
 
     def save(figure: go.Figure, path: Path, **options: Any) -> Path:
         saved[path.name] = figure
@@ -60,7 +60,7 @@ def test_an_analysis_keeps_what_its_figure_shows_and_no_text(tmp_path: Path, pic
     assert "asked:" not in kept
     assert len(kept) < 300_000
     drawn = pictures[f"{NAME}.png"]
-    expected = plots.dose_response(sweep, measure="nll")
+    expected: Any = plots.dose_response(sweep, measure="nll")
     assert drawn.layout == expected.layout
     for mine, theirs in zip(drawn.data, expected.data, strict=True):
         np.testing.assert_allclose(mine.y, theirs.y, rtol=1e-5)
