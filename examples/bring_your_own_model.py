@@ -15,7 +15,7 @@ def look_at(model) -> None:
     print(f"{known.name} on {known.engine}: {known.n_layers} layers, d_model {known.d_model}, {known.dtype}")
 
     checked = ls.checkup(model)  # batch invariance, exact hooks, steering identities
-    for _, row in checked.frame.iterrows():
+    for row in checked.frame.to_dict("records"):
         print("passed" if row["passed"] else "FAILED", row["check"], f"{row['measured']:.2g}")
 
     table = ls.layer_table(ls.residual_streams(model, ls.load_prompts("content").small()))

@@ -156,7 +156,7 @@ def _figures(found: list[Any]) -> list[bytes]:
         return []
     figures = [go.Figure({part: data[FIGURE][part] for part in ("data", "layout")}) for data in found]
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, f"{number}.png") for number in range(len(figures))]
+        files: list[Any] = [Path(folder, f"{number}.png") for number in range(len(figures))]
         # Unlike a single figure's, the height of the layout is not taken by itself.
         heights = [figure.layout.height for figure in figures]
         pio.write_images(figures, files, width=WIDTH, height=heights, scale=SCALE)

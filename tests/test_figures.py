@@ -59,7 +59,7 @@ def test_an_analysis_keeps_what_its_figure_shows_and_no_text(tmp_path: Path, pic
     assert "secret" not in kept
     assert "asked:" not in kept
     assert len(kept) < 300_000
-    drawn = pictures[f"{NAME}.png"]
+    drawn: Any = pictures[f"{NAME}.png"]
     expected: Any = plots.dose_response(sweep, measure="nll")
     assert drawn.layout == expected.layout
     for mine, theirs in zip(drawn.data, expected.data, strict=True):

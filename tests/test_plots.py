@@ -135,7 +135,7 @@ def test_dose_response_without_kl_and_controls_has_fewer_panels():
 def test_dose_response_over_more_than_a_tenfold_of_multipliers_squeezes_its_axis():
     wide = {-4.0: -50.0, -2.0: -2.0, 0.0: 0.0, 2.0: 2.0, 4.0: 50.0}
     sweep = linear()
-    frame = sweep.frame.assign(multiplier=sweep.frame["multiplier"].map(wide))
+    frame = sweep.frame.assign(multiplier=[wide[m] for m in sweep.frame["multiplier"]])
     figure: Any = plots.dose_response(replace(sweep, frame=frame))
     place = np.arcsinh(np.array([-25, -1, 0, 1, 25]))
     content = next(trace for trace in figure.data if trace.name == "content vector")
