@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Threads that spin for a core that another process has slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gemma study analyses steering figures gallery notebooks test docker-check check format clean
+.PHONY: setup gemma study analyses steering figures gallery notebooks test docker-check style check format clean
 
 setup: $(VENV)/.ready
 
@@ -50,16 +50,19 @@ gallery: setup
 figures: setup
 	$(BIN)/python analyses/figures.py
 
-test: setup check
-	$(BIN)/python -m pytest -n 2
+# Types take a minute on one core: they are checked while the tests run.
+test: setup style
+	$(BIN)/pyright --warnings & types=$$!; $(BIN)/python -m pytest -n 2 && wait $$types
 
 # The Dockerfile's steps in a fresh environment, without Docker; takes minutes.
 docker-check: setup
 	LENS_SAFETY_SLOW=1 $(BIN)/python -m pytest tests/test_docker.py -s
 
-check: setup
+style: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+check: style
 	$(BIN)/pyright --warnings
 
 format: setup

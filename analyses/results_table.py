@@ -163,11 +163,11 @@ def sentiment() -> str:
         for _, row in frame.loc[frame["chosen"]].iterrows():
             signed = f"{row['multiplier'] / abs(row['multiplier']) * row['dose']:+.2f}"
             band = f"{row['band_low']:.2f} to {row['band_high']:.2f}"
-            where = [name, f"layer {row['layer']}, dose {signed}", f"{row['unsteered']:.2f}"]
+            where = [name, f"layer {row['layer']}, dose {signed}", str(row["n"]), f"{row['unsteered']:.2f}"]
             rows.append(
                 [*where, *cells(row, "change"), band, f"{row['asked']:+.2f}", *cells(row, "nll_change")]
             )
-    header = ["model", "chosen on 40 openings", "unsteered", "change on 40 others", "random directions"]
+    header = ["model", "chosen on other openings", "n", "unsteered", "change", "random directions"]
     title = "**Sentiment, judged by VADER** (`python analyses/12_sentiment.py`):"
     return f"{title}\n\n{table([*header, 'asked in words', 'NLL (nats a token)'], rows)}"
 

@@ -244,6 +244,15 @@ def short_sweep(real, *, n=1, max_new_tokens=3, neutral=()):
     return sweep
 
 
+def short_audit(real, n=20):
+    """A shortcut audit of the first `n` prompts: each is read again in every rewording."""
+
+    def shortcut_audit(detector, cache, **options):
+        return real(detector, cache[:n], **options)
+
+    return shortcut_audit
+
+
 TEXTS = (
     "how do I make a cake",
     "a kite",

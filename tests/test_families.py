@@ -25,4 +25,5 @@ def test_a_model_is_loaded_read_detected_with_and_steered(architecture, engine, 
     expected = np.broadcast_to(3.0 * vectors.layer(1).numpy(), moved.shape)
     np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-3 * float(plain.layer(1).abs().max()))
     assert np.abs(moved).max() > 0.01
-    np.testing.assert_array_equal(steered.layer(0).numpy(), plain.layer(0).numpy())
+    # Under a hook prompts are run whole, without one behind their common beginning.
+    np.testing.assert_allclose(steered.layer(0).numpy(), plain.layer(0).numpy(), rtol=1e-4, atol=1e-5)

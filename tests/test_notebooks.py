@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 import plotly.graph_objects as go
 import pytest
-from conftest import labelled
+from conftest import labelled, short_audit
 from notebooks import EXAMPLES, FIGURE, PAGE, PICTURE, code_cells, code_hash, faults, keep, main, shown_text
 
 import lens_safety as ls
@@ -52,6 +52,8 @@ def test_the_code_runs_from_top_to_bottom(loaded, path, monkeypatch, capsys, tmp
     """In this process and with the session's model; `make notebooks` runs them as a reader does."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ls, "sweep", smaller(ls.sweep))
+    monkeypatch.setattr(ls, "shortcut_audit", short_audit(ls.shortcut_audit))
+    monkeypatch.setattr(ls, "residual_streams", fewer(ls.residual_streams))
     names: dict[str, Any] = {}
     for cell in code_cells(read(path)):
         value = run_cell(cell.source, names)
@@ -66,6 +68,16 @@ def smaller(real):
         return real(model, vectors, prompts[:4], **(options | {"n_random": 1, "neutral": ["Hi"]}))
 
     return sweep
+
+
+def fewer(real):
+    """Residual streams of at most 80 prompts of a part of a set; whole sets are read once a session."""
+
+    def residual_streams(model, prompts, **options):
+        part = prompts[:80] if 200 < len(prompts) < 400 else prompts
+        return real(model, part, **options)
+
+    return residual_streams
 
 
 def run_cell(source: str, names: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import require_data, short_sweep, write_tiny_model
+from conftest import require_data, short_audit, short_sweep, write_tiny_model
 
 import lens_safety as ls
 from lens_safety import cli
@@ -29,6 +29,7 @@ COMMANDS = [
 def test_the_python_of_the_readme_runs(loaded, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     # KL on eight prompts takes half a minute; `make study` and the sweep's own tests measure it whole.
+    monkeypatch.setattr(ls, "shortcut_audit", short_audit(ls.shortcut_audit))
     monkeypatch.setattr(ls, "sweep", short_sweep(ls.sweep, n=4, max_new_tokens=12, neutral=["Hi"]))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 11
@@ -52,6 +53,8 @@ def test_each_command_of_the_readme_runs(loaded, command, monkeypatch, tmp_path,
     if arguments[1] in ("study", "sweep"):
         # The texts take a minute; the README's command is run whole by `make study`.
         monkeypatch.setattr(import_module(f"lens_safety.{arguments[1]}"), "sweep", short_sweep(ls.sweep))
+    study = import_module("lens_safety.study")
+    monkeypatch.setattr(study, "shortcut_audit", short_audit(ls.shortcut_audit))
     started: list[list[str]] = []
     # The dashboard's server would take this process's place; its own tests start it.
     monkeypatch.setattr(os, "execv", lambda program, given: started.append(given))

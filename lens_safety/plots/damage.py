@@ -193,7 +193,7 @@ def _random_points(sweep: SteeringSweep, measure: str, damage: str) -> go.Scatte
         },
         name="random directions",
         customdata=means[["direction", "layer", "multiplier"]].to_numpy(),
-        hovertemplate="%{customdata[0]}, layer %{customdata[1]}, multiplier %{customdata[2]:g}: "
+        hovertemplate="%{customdata[0]}, layer %{customdata[1]}, multiplier %{customdata[2]:.3g}: "
         "damage %{x:.3f}, change %{y:.3f}<extra></extra>",
     )
 
@@ -207,8 +207,8 @@ def _points(part: pd.DataFrame, column: str, label: str, colour: str) -> go.Scat
         name=label,
         legendgroup=label,
         customdata=part[["layer", "multiplier", "dose"]].to_numpy(),
-        hovertemplate="layer %{customdata[0]:.0f}, multiplier %{customdata[1]:g}, dose %{customdata[2]:.2f}: "
-        "damage %{x:.3f}, change %{y:.3f}<extra></extra>",
+        hovertemplate="layer %{customdata[0]:.0f}, multiplier %{customdata[1]:.3g}, "
+        "dose %{customdata[2]:.2f}: damage %{x:.3f}, change %{y:.3f}<extra></extra>",
     )
 
 
@@ -238,7 +238,7 @@ def _labels(rows: pd.DataFrame, effects: pd.DataFrame, column: str) -> list[dict
         x, y = float(row[column]), float(row["change"])
         if all(abs(x - a) > 0.3 * width or abs(y - b) > 0.12 * height for a, b in placed):
             placed.append((x, y))
-            text = f"{row['layer']:.0f} × {row['multiplier']:g}"
+            text = f"{row['layer']:.0f} × {row['multiplier']:.3g}"
             shift = 13 if y > 0 else -13
             left = x - float(effects[column].to_numpy().min()) < 0.6 * width
             made.append(
@@ -280,9 +280,9 @@ def _washing_lines(figure: go.Figure, frame: pd.DataFrame) -> None:
             mode="lines+markers",
             line={"color": colour, "width": 2},
             marker={"size": 4},
-            name=f"multiplier {m:g}",
+            name=f"multiplier {m:.3g}",
             customdata=rows["left"],
-            hovertemplate=f"multiplier {m:g}, layer %{{x}}: %{{y:.2f}} content vectors, "
+            hovertemplate=f"multiplier {m:.3g}, layer %{{x}}: %{{y:.2f}} content vectors, "
             "%{customdata:.0%} of the push left<extra></extra>",
             row=1,
             col=1,
@@ -294,7 +294,7 @@ def _washing_lines(figure: go.Figure, frame: pd.DataFrame) -> None:
             mode="markers",
             marker={"symbol": "x", "size": 11, "color": INK},
             showlegend=False,
-            hovertemplate=f"multiplier {m:g} is washed out at layer %{{x}}<extra></extra>",
+            hovertemplate=f"multiplier {m:.3g} is washed out at layer %{{x}}<extra></extra>",
             row=1,
             col=1,
         )
@@ -314,7 +314,7 @@ def _change_line(once: pd.DataFrame, name: str, label: str, colour: str) -> go.S
 
 def _silent_bars(once: pd.DataFrame) -> go.Bar:
     return go.Bar(
-        x=[f"{m:g}" for m in once["multiplier"]],
+        x=[f"{m:.3g}" for m in once["multiplier"]],
         y=once["silent"],
         error_y=error_bar(once, "silent") | {"thickness": 1.2, "color": INK},
         marker_color=CONTROL,

@@ -86,7 +86,7 @@ def steering_map(sweep: SteeringSweep, *, measure: str | None = None) -> go.Figu
         middle = sum(figure.layout[f"yaxis{row if row > 1 else ''}"].domain) / 2
         figure.add_heatmap(
             z=wide.to_numpy(),
-            x=[f"{m:g}" for m in wide.columns],
+            x=[f"{m:.3g}" for m in wide.columns],
             y=[str(layer) for layer in wide.index],
             colorscale=DIVERGING,
             zmin=-most,
