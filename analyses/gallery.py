@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, FileSystemLoader
 
 import lens_safety as ls
 from lens_safety import plots
@@ -24,7 +24,7 @@ from lens_safety.audit import LabelCurve, ShortcutAudit, ToneContent, TransferMa
 from lens_safety.evaluate import DetectionReport, DetectorComparison
 from lens_safety.files import write_text
 from lens_safety.models import fingerprint
-from lens_safety.plots.style import FAINT, INK, PAPER, SAFE, SOFT, palette
+from lens_safety.plots.style import page_colours, templates
 from lens_safety.readings import AttentionPatterns, TokenScores
 from lens_safety.responses import Consistency, SteeringSweep
 from lens_safety.session import Session, run
@@ -39,7 +39,6 @@ MAP = (-4.0, -2.0, 2.0, 4.0)
 STRONG = (-100.0, -20.0, -8.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0, 20.0, 100.0)
 OF_CONTROLS = (2.0, 8.0, 100.0)
 OPERATORS = {"add": MAP, "add-norm": (-0.3, -0.15, 0.15, 0.3), "rotate:5": (-4.0, -2.0, 2.0, 4.0)}
-COLOURS = {"paper": PAPER, "ink": INK, "soft": SOFT, "line": FAINT, "accent": SAFE}
 
 
 @dataclass(frozen=True)
@@ -439,14 +438,8 @@ def page(results: Results) -> str:
         figures=json.dumps(figures).replace("</", "<\\/"),
         plotly_js=plots.plotly_js(),
         circuits_js=plots.circuits_js(),
-        parts={"colours": variables},
-        themes={"light": "light", "dark": "dark"},
+        themes=page_colours(),
     )
-
-
-def variables(theme: str) -> str:
-    """The colours of a theme as CSS variables, as the package's style sheet names them."""
-    return "".join(f"--{name}: {palette(theme)[colour]}; " for name, colour in COLOURS.items())
 
 
 def both_themes(figure: Any) -> dict[str, Any]:
@@ -454,14 +447,8 @@ def both_themes(figure: Any) -> dict[str, Any]:
 
 
 def template() -> Any:
-    beside = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=ChoiceLoader([beside, PackageLoader("lens_safety", "templates")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
+    environment.loader = ChoiceLoader([FileSystemLoader(Path(__file__).parent), environment.loader])
     return environment.get_template("gallery.html")
 
 

@@ -22,7 +22,7 @@ from .findings import (
     study_findings,
     sweep_findings,
 )
-from .plots.style import FAINT, INK, PAPER, SAFE, SOFT, palette, rgba, templates
+from .plots.style import page_colours, palette, rgba, templates
 from .responses import ASKED, CONTENT, UNSTEERED, SteeringSweep
 from .separation import LayerTable
 
@@ -33,7 +33,6 @@ _BEAR_IN_MIND = (
     "A probe of one model on small sets, not a guard: detectors of the residual stream are not robust to "
     "somebody who attacks them with access to the weights (2412.09565)."
 )
-_CSS_COLOURS = {"paper": PAPER, "ink": INK, "soft": SOFT, "line": FAINT, "accent": SAFE}
 
 
 def report(
@@ -132,10 +131,7 @@ def _write(
             figures={name: plots.fragment(figure, name) for name, figure in figures.items()},
             findings=findings,
             summary=[*summary, ("Bear in mind", _BEAR_IN_MIND)],
-            themes={
-                theme: {name: palette(theme)[colour] for name, colour in _CSS_COLOURS.items()}
-                for theme in ("light", "dark")
-            },
+            themes=page_colours(),
             colours=_colours(),
             **given,
         ),

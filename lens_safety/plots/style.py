@@ -313,6 +313,12 @@ def rgba(colour: str) -> str:
     return f"rgba({red}, {green}, {blue}, "
 
 
+def page_colours() -> dict[str, dict[str, str]]:
+    """For each theme the colours of a page, by the names that its style sheet gives them."""
+    named = {"paper": PAPER, "ink": INK, "soft": SOFT, "line": FAINT, "accent": SAFE}
+    return {theme: {name: palette(theme)[colour] for name, colour in named.items()} for theme in TEMPLATES}
+
+
 def templates() -> Any:
     """The package's page templates, whose texts are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
