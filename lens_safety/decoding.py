@@ -12,13 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import tokens as tok
-from .kv_cache import Cache, cache_options
+from .kv_cache import Cache, SharedPrefix, cache_options, n_shared
 from .models import (
     borrowed,
     device_of,
     end_of_text_ids,
     engine_of,
     full_cache,
+    n_hooks,
     unembedding_few,
     unembedding_only,
 )
@@ -58,8 +59,34 @@ class Pass:
         return values if self.rows is None or len(values) == len(self.rows) else values[self.rows]
 
 
+@dataclass(frozen=True)
+class RowsApart:
+    """What hooks ask of the passes that they see.
+
+    `prompts` and `continuations` say where they tell the rows of a prompt apart, in a pass over prompts and
+    in one over prompts with their continuations: "never"; "inside" the pass, after `fan_out`; or from the
+    "start", so that equal prompts are run as often as they are given. `whole`: they look at a prompt as a
+    whole, so that none of it may be run ahead. `n_hooks` is how many they are.
+    """
+
+    prompts: str = "never"
+    continuations: str = "never"
+    whole: bool = False
+    n_hooks: int = 0
+
+    def beside(self, other: "RowsApart") -> "RowsApart":
+        """What both ask together."""
+        order = ("never", "inside", "start")
+        return RowsApart(
+            max(self.prompts, other.prompts, key=order.index),
+            max(self.continuations, other.continuations, key=order.index),
+            self.whole or other.whole,
+            self.n_hooks + other.n_hooks,
+        )
+
+
 _current: ContextVar[Pass | None] = ContextVar("current_pass", default=None)
-_apart: ContextVar[tuple[str, str]] = ContextVar("rows_apart", default=("never", "never"))
+_apart: ContextVar["RowsApart"] = ContextVar("rows_apart")
 
 
 def current_pass(n_positions: int) -> Pass:
@@ -90,19 +117,17 @@ def this_pass(one: Pass) -> Iterator[None]:
 
 
 @contextmanager
-def rows_apart(prompts: str, continuations: str) -> Iterator[None]:
-    """Say where hooks tell the rows of a prompt apart, in a pass over prompts and in one over prompts with
-    their continuations: "never"; "inside" the pass, after `fan_out`; or from the "start", so that equal
-    prompts are run as often as they are given."""
-    order = ("never", "inside", "start")
-    outer = _apart.get()
-    state = _apart.set(
-        (max(prompts, outer[0], key=order.index), max(continuations, outer[1], key=order.index))
-    )
+def rows_apart(asked: RowsApart) -> Iterator[None]:
+    """Say what hooks ask of the passes inside, beside those of outer contexts."""
+    state = _apart.set(_asked().beside(asked))
     try:
         yield
     finally:
         _apart.reset(state)
+
+
+def _asked() -> RowsApart:
+    return _apart.get(RowsApart())
 
 
 def generate(
@@ -117,6 +142,7 @@ def generate(
     template: tok.Template = "auto",
     batch_size: int | None = None,
     share_prompts: bool = True,
+    share_prefix: bool = True,
     progress: bool = False,
 ) -> list[str]:
     """The text that follows each prompt, in order, decoded in batches with a key/value cache.
@@ -127,11 +153,13 @@ def generate(
     multiplier per row then needs all prompts in one batch (`batch_size=None`).
 
     A prompt that is given several times (to be steered several ways) is run once, up to the first block
-    that the rows' steering tells apart; its keys and values are then copied to its rows.
+    that the rows' steering tells apart; its keys and values are then copied to its rows. So is what all
+    prompts begin with (a chat template's system message), where no steering tells it apart.
 
     Args:
         share_prompts: False runs every row of the prompt pass, also for a hook of your own that tells
             rows apart.
+        share_prefix: False runs every prompt whole. Hooks of your own on the model see it whole anyway.
 
     Raises:
         PromptError: an empty prompt, or one that leaves no room in the context.
@@ -147,7 +175,7 @@ def generate(
     starts = range(0, len(encoded), size)
     for start in track(starts, "generating", progress):
         part = encoded[start : start + size]
-        columns = list(_decode(model, part, max_new_tokens, choose, share_prompts))
+        columns = list(_decode(model, part, max_new_tokens, choose, share_prompts, share_prefix))
         texts += _texts(model.tokenizer, columns)
     return texts
 
@@ -173,7 +201,7 @@ def stream(
     encoded = tok.encode(model, prompts.texts, template=template, reserve=max_new_tokens)
     columns: list[Tensor] = []
     shown = [""] * len(encoded)
-    for column in _decode(model, encoded, max_new_tokens, choose, True):
+    for column in _decode(model, encoded, max_new_tokens, choose):
         columns.append(column)
         # Half of a character that takes several tokens decodes to this sign.
         whole = [text.rstrip("\ufffd") for text in _texts(model.tokenizer, columns)]
@@ -262,7 +290,7 @@ def continuation_logits(
 
     `rows` runs each row of the batch for several rows of a steering, as in `Pass`.
     """
-    if rows is not None and not _shares(model, len(batch), _apart.get()[1]):
+    if rows is not None and not _shares(model, len(batch), _asked().continuations):
         batch, starts, rows = batch[rows], [starts[row] for row in rows.tolist()], None
     first = torch.tensor(starts, device=batch.tokens.device)
     places = torch.arange(batch.tokens.shape[1], device=first.device)[None] - first[:, None]
@@ -286,7 +314,7 @@ def greedy_continuations(
     """
     choose = _chooser(n_tokens, 0.0, None, None, 0)
     encoded = tok.encode(model, texts, template=template, reserve=n_tokens)
-    made = torch.stack(list(_decode(model, encoded, n_tokens, choose, True)), dim=1).cpu().numpy()
+    made = torch.stack(list(_decode(model, encoded, n_tokens, choose)), dim=1).cpu().numpy()
     end = end_of_text_ids(model.tokenizer)[:1]
     return [
         tok.Encoded(
@@ -298,23 +326,37 @@ def greedy_continuations(
 
 
 class Decoding:
-    """Prompts being continued with a key/value cache, on either engine; equal prompts are run once.
+    """Prompts being continued with a key/value cache, on either engine.
 
-    The prompt pass is padded on the right, so that it needs no mask. Its keys and values are then moved
-    to the right end, so that new tokens follow each row's own and pads count for nothing.
+    Equal prompts are run once, and so is the beginning that all of them share. The prompt pass is padded on
+    the right, so that it needs no mask. Its keys and values are then moved to the right end, so that new
+    tokens follow each row's own and pads count for nothing.
     """
 
-    def __init__(self, model: ResidualModel, encoded: Sequence[tok.Encoded], *, share: bool = True):
+    def __init__(
+        self,
+        model: ResidualModel,
+        encoded: Sequence[tok.Encoded],
+        *,
+        share: bool = True,
+        share_prefix: bool = True,
+    ):
         self._model = model
         self._hooked = engine_of(model) == "hooked"
         keys = [one.ids.tobytes() for one in encoded]
         first = {key: keys.index(key) for key in dict.fromkeys(keys)}
         run, self._rows = list(range(len(keys))), None
-        if share and len(first) < len(keys) and _shares(model, len(first), _apart.get()[0]):
+        if share and len(first) < len(keys) and _shares(model, len(first), _asked().prompts):
             run = list(first.values())
             self._rows = torch.tensor([run.index(first[key]) for key in keys], device=device_of(model))
-        self._batch = tok.pad(model, encoded, run)
-        self._cache: Any = Cache(model, len(run)) if self._hooked else full_cache()
+        asked = _asked()
+        # Hooks of the caller may tell places apart.
+        ahead = share and share_prefix and asked.prompts == "never" and not asked.whole
+        ahead = ahead and n_hooks(model) == asked.n_hooks
+        self._n_ahead = n_shared([encoded[row] for row in run]) if ahead else 0
+        self._ahead = encoded[0].first(self._n_ahead)
+        self._batch = tok.pad(model, [one.after(self._n_ahead) for one in encoded], run)
+        self._longest = self._n_ahead + self._batch.tokens.shape[1]
         self.running = torch.ones(len(encoded), dtype=torch.bool, device=device_of(model))
 
     def prefill(self, room: int) -> Float[Tensor, "batch d_vocab"]:
@@ -322,21 +364,36 @@ class Decoding:
         batch, real = self._batch, tok.real_tokens(self._batch)
         places = torch.arange(real.shape[1], device=real.device) - batch.lengths[:, None]
         one = Pass(torch.where(real, places, PAD), batch.content, self._rows, self.running)
+        self._cache = self._begun()
         logits = _logits_at(
             self._model,
             batch.tokens,
             batch.lengths[:, None] - 1,
             one,
-            cache_options(self._cache, batch.tokens),
+            cache_options(self._cache, batch.tokens, n_before=self._n_ahead),
         )
-        self._mask = one.fan_out(real.flip(1))
+        lengths = one.fan_out(batch.lengths) + self._n_ahead
+        pads = self._longest - lengths[:, None]
+        self._mask = torch.arange(self._longest, device=lengths.device)[None] >= pads
         if room:
-            self._lay_out(one.fan_out(batch.lengths), room)
+            self._lay_out(pads, room)
         return one.fan_out(logits)[:, 0]
+
+    def _begun(self) -> Any:
+        """The cache that the prompt pass fills, with what all prompts begin with already in it."""
+        n_rows = len(self._batch)
+        if not self._n_ahead:
+            return Cache(self._model, n_rows) if self._hooked else full_cache()
+        tokens = torch.from_numpy(self._ahead.ids)[None].to(device_of(self._model))
+        content = torch.from_numpy(self._ahead.content)[None].to(tokens.device)
+        place = torch.arange(self._n_ahead, device=tokens.device)[None] - self._longest
+        with this_pass(Pass(place, content, None, self.running)):
+            prefix = SharedPrefix(self._model, tokens, [], last_layer=int(self._model.cfg.n_layers) - 1)
+        return prefix.continued(n_rows)
 
     def feed(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch new d_vocab"]:
         """Feed new tokens; the next-token logits after each of them."""
-        number = self._mask.shape[1] - self._batch.tokens.shape[1]
+        number = self._mask.shape[1] - self._longest
         self._mask = torch.cat([self._mask, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
         place = torch.arange(tokens.shape[1], device=tokens.device)[None] + number
         one = Pass(place, torch.zeros_like(place, dtype=torch.bool), None, self.running)
@@ -354,11 +411,10 @@ class Decoding:
             stack.enter_context(borrowed(self._model))
             return _call(self._model, tokens, options)
 
-    def _lay_out(self, lengths: Int[Tensor, " row"], room: int) -> None:
+    def _lay_out(self, pads: Int[Tensor, "row 1"], room: int) -> None:
         """A row of keys and values for each row of the batch, pads on the left."""
-        longest = self._batch.tokens.shape[1]
-        pads = (longest - lengths)[:, None]
-        order = (torch.arange(longest, device=lengths.device) - pads) % longest
+        longest = self._longest
+        order = (torch.arange(longest, device=pads.device) - pads) % longest
 
         def laid(values: Tensor, pos: int) -> Tensor:
             rows = values if self._rows is None or len(values) == len(self._rows) else values[self._rows]
@@ -402,11 +458,16 @@ def _call(model: ResidualModel, tokens: Tokens, options: dict[str, Any]) -> Floa
 
 
 def _decode(
-    model: ResidualModel, encoded: Sequence[tok.Encoded], n: int, choose: Choose, share: bool
+    model: ResidualModel,
+    encoded: Sequence[tok.Encoded],
+    n: int,
+    choose: Choose,
+    share: bool = True,
+    share_prefix: bool = True,
 ) -> Iterator[Int[Tensor, " batch"]]:
     """The tokens of each step, -1 where a row has ended."""
     ends = torch.tensor(end_of_text_ids(model.tokenizer), device=device_of(model))
-    decoding = Decoding(model, encoded, share=share)
+    decoding = Decoding(model, encoded, share=share, share_prefix=share_prefix)
     logits = decoding.prefill(room=n - 1)
     for step in range(n):
         chosen = choose(logits)

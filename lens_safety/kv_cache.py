@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from .models import device_of, engine_of, full_cache, run_blocks
+from .tokens import Encoded, shared_prefix
 from .types import Hook, ResidualModel, Tokens
+
+SHORTEST_PREFIX = 4
+"""Tokens of a common prefix from which it is worth a pass of its own."""
 
 
 class Entry:
@@ -32,6 +36,9 @@ class Entry:
         end = self._n + keys.shape[1]
         if self._n == 0:
             self._keys, self._values = keys, values
+        elif self._turned is None:
+            self._keys = torch.cat([self.past_keys, keys], dim=1)
+            self._values = torch.cat([self._values[:, : self._n], values], dim=1)
         else:
             self._keys[:, self._n : end], self._values[:, self._n : end] = keys, values
         self._n = end
@@ -41,6 +48,10 @@ class Entry:
         """Keys and values of the one row, as views for `n_rows`."""
         _, *rest = self.past_keys.shape
         return self.past_keys.expand(n_rows, *rest), self._values[:, : self._n].expand(n_rows, *rest)
+
+    def repeat(self, n_rows: int) -> None:
+        """Let the one row stand for `n_rows`."""
+        self._keys, self._values = self.expanded(n_rows)
 
     def lay_out(self, laid: Callable[[Tensor], Tensor], room: int) -> None:
         """Move everything to memory with room for `room` more tokens; `laid` gives each row its own."""
@@ -87,6 +98,12 @@ class Cache:
     def ahead_of(self, n_rows: int) -> "AheadCache":
         """A cache with the one row of this one in front of each of `n_rows`."""
         return AheadCache([Ahead(entry, n_rows) for entry in self._entries])
+
+    def repeat(self, n_rows: int) -> "Cache":
+        """This cache, its one row standing for each of `n_rows`."""
+        for entry in self._entries:
+            entry.repeat(n_rows)
+        return self
 
     def append_attention_mask(self, mask: Tensor) -> Tensor | None:
         """None, which spares each layer its mask, unless there are pads."""
@@ -152,6 +169,10 @@ class SharedPrefix:
         options = cache_options(cache, tokens, n_before=self._n)
         run_blocks(self._model, tokens, hooks, last_layer=self._last, options=options)
 
+    def continued(self, n_rows: int) -> Any:
+        """A cache for `n_rows` that go on behind the prefix; it may be asked for once."""
+        return self._cache.repeat(n_rows) if isinstance(self._cache, Cache) else self._in_front_of(n_rows)
+
     def _in_front_of(self, n_rows: int) -> Any:
         if isinstance(self._cache, Cache):
             return self._cache.ahead_of(n_rows)
@@ -159,6 +180,12 @@ class SharedPrefix:
         for number, layer in enumerate(self._cache.layers):
             cache.update(*(x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values)), number)
         return cache
+
+
+def n_shared(encoded: Sequence[Encoded]) -> int:
+    """The length of the prefix that all prompts share, 0 where it is not worth a pass of its own."""
+    n = shared_prefix(encoded)
+    return n if n >= SHORTEST_PREFIX else 0
 
 
 def cache_options(cache: Any, tokens: Tokens, *, n_before: int = 0) -> dict[str, Any]:

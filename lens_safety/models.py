@@ -273,9 +273,11 @@ def run_blocks(
     raise ModelError(f"{resid_hook(last_layer)} never fired; is this a decoder-only model?")
 
 
-def is_hooked(model: ResidualModel) -> bool:
-    """Whether hooks of the caller, or of a `steering` context, are on the model."""
-    return any(point.fwd_hooks for point in model.hook_dict.values())  # type: ignore[attr-defined]
+def n_hooks(model: ResidualModel) -> int:
+    """How many hooks of the caller, or of a `steering` context, are on the model."""
+    points: Any = model.hook_dict.values()  # type: ignore[attr-defined]
+    # A bridge lists a point once for each of its names.
+    return sum(len(point.fwd_hooks) for point in {id(point): point for point in points}.values())
 
 
 def full_logits(model: ResidualModel, tokens: Tokens) -> Float[Tensor, "batch pos d_vocab"]:

@@ -9,12 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import tokens as tok
-from .kv_cache import SharedPrefix
-from .models import device_of, is_hooked, resid_hook, run_blocks
+from .kv_cache import SharedPrefix, n_shared
+from .models import device_of, n_hooks, resid_hook, run_blocks
 from .types import Hook, MismatchError, ResidualModel
-
-SHORTEST_PREFIX = 4
-"""Tokens of a common prefix from which it is worth a pass of its own."""
 
 Read = tuple[list[int], Float[Tensor, "layer row d_model"]]
 
@@ -43,7 +40,7 @@ class Passes:
         share_prefix: bool,
     ):
         self._model, self._layers, self._largest = model, list(layers), position == "max"
-        plain = is_hooked(model)
+        plain = n_hooks(model) > 0
         weights = [_read_of(one, position) for one in encoded]
         ends = [len(w) if plain else int(np.flatnonzero(w)[-1]) + 1 for w in weights]
         run: dict[Any, list[int]] = {}
@@ -53,8 +50,7 @@ class Passes:
         self._rows = list(run.values())
         self._weights = [weights[rows[0]][: ends[rows[0]]] for rows in self._rows]
         ones = [encoded[rows[0]].first(ends[rows[0]]) for rows in self._rows]
-        n = tok.shared_prefix(ones) if share_prefix and not plain else 0
-        self._n = n if n >= SHORTEST_PREFIX else 0
+        self._n = n_shared(ones) if share_prefix and not plain else 0
         self._prefix_ids = ones[0].ids[: self._n] if ones else np.empty(0, dtype=np.int64)
         self._prefix: SharedPrefix | None = None
         self._before: dict[int, Tensor] = {}

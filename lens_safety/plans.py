@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .decoding import PAD, Pass, current_pass, is_own_pass, rows_apart
+from .decoding import PAD, Pass, RowsApart, current_pass, is_own_pass, rows_apart
 from .directions import ContentVectors
 from .models import ModelFingerprint, check_layers, fingerprint, resid_hook, site_hook
 from .operators import Add, Directions, Operator, named_operator, operator_name
@@ -168,7 +168,7 @@ class SteeringPlan:
             for site in self.sites
         ]
         with ExitStack() as stack:
-            stack.enter_context(rows_apart(*self._rows_apart()))
+            stack.enter_context(rows_apart(self._rows_apart(len(hooks))))
             stack.enter_context(model.hooks(fwd_hooks=hooks))
             yield record
 
@@ -180,13 +180,16 @@ class SteeringPlan:
         }
         return replace(self, writes=writes, fired={})
 
-    def _rows_apart(self) -> tuple[str, str]:
+    def _rows_apart(self, n_hooks: int) -> RowsApart:
         """Where rows are told apart in a pass over prompts, and over prompts with continuations."""
+        # A gate reads a prompt as a whole; the others count from its end or by its content.
+        whole = self.gate is not None or not self.positions.startswith(("all", "prompt", "generated"))
         if self.n_rows == 1:
-            return "never", "never"
+            return RowsApart(whole=whole, n_hooks=n_hooks)
         # What a block adds cannot have more rows than the stream that it is added to.
         where = "inside" if set(self.sites) <= {"resid_pre", "resid_post"} else "start"
-        return "never" if self.positions.startswith("generated") else where, where
+        prompts = "never" if self.positions.startswith("generated") else where
+        return RowsApart(prompts, where, whole, n_hooks)
 
     @staticmethod
     def stack(plans: "Sequence[SteeringPlan]") -> "SteeringPlan":

@@ -276,6 +276,9 @@ TEXTS = (
     "for how the cake or kite do make",
 )
 
+FRAMED = [f"make a kite for the garden now {end}" for end in ("a cake", "do I make a kite", "how")]
+"""Texts that begin alike."""
+
 
 def labelled(texts=TEXTS, labels=None, **fields) -> PromptSet:
     labels = [i % 2 == 1 for i in range(len(texts))] if labels is None else labels
@@ -391,6 +394,17 @@ def streams(model, tokens: torch.Tensor = TOKENS) -> Streams:
     ):
         logits = full_logits(model, tokens)
     return [*first, *second, *third], logits
+
+
+@contextmanager
+def shapes_of_passes(model) -> Iterator[list[tuple[int, ...]]]:
+    """[rows, tokens] of each forward pass that the model makes inside."""
+    seen: list[tuple[int, ...]] = []
+    handle = model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def same(first: Streams, second: Streams) -> bool:

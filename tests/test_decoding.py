@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import (
     D_MODEL,
+    FRAMED,
     N_LAYERS,
     TEXTS,
     TOKENS,
@@ -15,6 +16,7 @@ from conftest import (
     labelled,
     listening,
     same,
+    shapes_of_passes,
     streams,
     vectors_of,
 )
@@ -242,6 +244,94 @@ def test_a_hook_of_ones_own_that_tells_rows_apart_needs_prompts_that_are_not_sha
         logits = ls.next_token_logits(tiny, [TEXTS[0]] * 3, share_prompts=False)
     assert not torch.allclose(logits[0], logits[1], atol=1e-2)
     assert torch.equal(logits[0], ls.next_token_logits(tiny, [TEXTS[0]] * 3, share_prompts=False)[0])
+
+
+# A prefix that all prompts share
+
+
+def n_prefix(model) -> int:
+    return tok.shared_prefix(tok.encode(model, FRAMED))
+
+
+def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(any_tiny, monkeypatch):
+    choose = forced(monkeypatch, 4)
+    with shapes_of_passes(any_tiny) as seen:
+        ls.generate(any_tiny, FRAMED, max_new_tokens=4)
+    shared = choose.take()
+    ls.generate(any_tiny, FRAMED, max_new_tokens=4, share_prefix=False)
+    whole = choose.take()
+    assert torch.allclose(shared, whole, atol=1e-4)
+    assert not torch.allclose(shared[[1, 0, 2]], whole, atol=1e-2)
+    longest = max(len(one) for one in tok.encode(any_tiny, FRAMED))
+    assert seen[:3] == [(1, n_prefix(any_tiny)), (3, longest - n_prefix(any_tiny)), (3, 1)]
+
+
+STEERED_ALIKE = {
+    "all": {"positions": "all", "multiplier": 2.0},
+    "prompt": {"positions": "prompt", "multiplier": 2.0},
+    "generated, by row": {"positions": "generated", "multiplier": [2.0, -2.0, 0.0]},
+}
+
+
+@pytest.mark.parametrize("name", STEERED_ALIKE)
+def test_a_prefix_is_shared_where_steering_does_not_tell_it_apart(tiny, name, monkeypatch):
+    choose = forced(monkeypatch, 3)
+    with ls.steering(tiny, vectors_of(tiny), layers=[0, 1], **STEERED_ALIKE[name]):
+        with shapes_of_passes(tiny) as seen:
+            ls.generate(tiny, FRAMED, max_new_tokens=3)
+        shared = choose.take()
+        ls.generate(tiny, FRAMED, max_new_tokens=3, share_prefix=False)
+        whole = choose.take()
+    assert seen[0] == (1, n_prefix(tiny))
+    assert torch.allclose(shared, whole, atol=1e-4)
+    ls.generate(tiny, FRAMED, max_new_tokens=3)
+    assert not torch.allclose(shared, choose.take(), atol=1e-2)
+
+
+TOLD_APART = {
+    "rows": {"multiplier": [2.0, -2.0, 0.0]},
+    "from the end": {"positions": "last:30"},
+    "by content": {"positions": "content"},
+    "by a gate": {"when": lambda model: ls.Detector.fit(readings(model), layers=[0], folds=2)},
+}
+
+
+def readings(model) -> ls.ResidualCache:
+    return ls.residual_streams(model, labelled(), progress=False)
+
+
+@pytest.mark.parametrize("name", TOLD_APART)
+def test_prompts_are_run_whole_where_steering_tells_their_beginning_apart(tiny, name, monkeypatch):
+    choose = forced(monkeypatch, 3)
+    options = {"multiplier": 2.0} | TOLD_APART[name]
+    if callable(options.get("when")):
+        options["when"] = options["when"](tiny)
+    with ls.steering(tiny, vectors_of(tiny), layers=[0, 1], **options):
+        with shapes_of_passes(tiny) as seen:
+            ls.generate(tiny, FRAMED, max_new_tokens=3)
+        shared = choose.take()
+        ls.generate(tiny, FRAMED, max_new_tokens=3, share_prefix=False)
+    assert seen[0] == (3, max(len(one) for one in tok.encode(tiny, FRAMED)))
+    assert torch.equal(shared, choose.take())
+
+
+def test_a_hook_of_ones_own_sees_whole_prompts(tiny):
+    vectors = vectors_of(tiny)
+    with listening(tiny, 1) as heard, ls.steering(tiny, vectors, layers=[0]):
+        ls.generate(tiny, FRAMED, max_new_tokens=2)
+    assert heard[0].shape[:2] == (3, max(len(one) for one in tok.encode(tiny, FRAMED)))
+
+
+def test_a_continuation_costs_the_same_behind_a_shared_prefix(tiny):
+    continuations = ["a kite", "a cake for the kite", "how"]
+    with shapes_of_passes(tiny) as seen:
+        together = ls.continuation_nll(tiny, FRAMED, continuations)
+    assert seen[0] == (1, n_prefix(tiny))
+    alone = [
+        ls.continuation_nll(tiny, [prompt], [continuation])[0]
+        for prompt, continuation in zip(FRAMED, continuations, strict=True)
+    ]
+    assert together == pytest.approx(alone, abs=1e-4)
 
 
 # Steering while generating

@@ -1,19 +1,15 @@
 """Passes that share a prefix, equal prompts and nothing behind what is read give what plain passes give."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import FRAMED, TEXTS, shapes_of_passes
 
 import lens_safety as ls
 from lens_safety import passes
 from lens_safety.models import resid_hook
 from lens_safety.tokens import Encoded, encode, shared_prefix
 
-FRAMED = [f"make a kite for the garden now {end}" for end in ("a cake", "do I make a kite", "how")]
 POSITIONS = {
     "content_mean": "content_mean",
     "content_last": "content_last",
@@ -27,17 +23,6 @@ POSITIONS = {
 def streams(model, prompts, **options) -> torch.Tensor:
     cache = ls.residual_streams(model, list(prompts), progress=False, **options)
     return torch.cat([cache.embed[None], cache.resid])
-
-
-@contextmanager
-def shapes_of_passes(model) -> Iterator[list[tuple[int, ...]]]:
-    """[rows, tokens] of each forward pass that the model makes inside."""
-    seen: list[tuple[int, ...]] = []
-    handle = model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> bool:
