@@ -21,11 +21,13 @@ from jinja2 import ChoiceLoader, FileSystemLoader
 import lens_safety as ls
 from lens_safety import plots
 from lens_safety.audit import LabelCurve, ShortcutAudit, ToneContent, TransferMatrix
+from lens_safety.detect import shipped_for
 from lens_safety.evaluate import DetectionReport, DetectorComparison
 from lens_safety.files import write_text
 from lens_safety.models import fingerprint
-from lens_safety.plots.style import page_colours, templates
+from lens_safety.plots.style import page_colours
 from lens_safety.readings import AttentionPatterns, TokenScores
+from lens_safety.report import environment
 from lens_safety.responses import Consistency, SteeringSweep
 from lens_safety.session import Session, run
 from lens_safety.wheels import GEMMA, parts_of
@@ -308,7 +310,7 @@ def gather(session: Session) -> Results:
         scores=ls.token_scores(
             session.model,
             PROMPTS,
-            detector=for_tokens(session, detectors["lda"]),
+            detector=shipped_for(session.model) or detectors["lda"],
             vectors=content,
             layers=_some(content.layers),
         ),
@@ -410,12 +412,6 @@ def sweeps(session: Session, vectors: ls.ContentVectors) -> dict[str, Any]:
     }
 
 
-def for_tokens(session: Session, otherwise: ls.Detector) -> ls.Detector:
-    """The shipped detector where it is this model's."""
-    shipped = ls.load_detector()
-    return shipped if shipped.model.name == fingerprint(session.model).name else otherwise
-
-
 def page(results: Results) -> str:
     """One self-contained HTML page: contents, groups of figures with a sentence each, light and dark."""
     groups, figures = [], {}
@@ -432,8 +428,11 @@ def page(results: Results) -> str:
             shown.append(one)
         groups.append({"title": group, "key": group.lower().replace(" ", "-"), "entries": shown})
     return template().render(
-        model=results.content.model.name,
-        second=results.tables[1].model,
+        kind="Gallery",
+        title="Every figure of lens_safety",
+        subtitle=f"Real results of {results.content.model.name}, small ones: they show how figures read, not "
+        f"what holds. Beside it, where two models are compared: {results.tables[1].model}. Point at a "
+        "figure, tap it, or move its slider.",
         groups=groups,
         figures=json.dumps(figures).replace("</", "<\\/"),
         plotly_js=plots.plotly_js(),
@@ -447,9 +446,9 @@ def both_themes(figure: Any) -> dict[str, Any]:
 
 
 def template() -> Any:
-    environment = templates()
-    environment.loader = ChoiceLoader([FileSystemLoader(Path(__file__).parent), environment.loader])
-    return environment.get_template("gallery.html")
+    pages = environment()
+    pages.loader = ChoiceLoader([FileSystemLoader(Path(__file__).parent), pages.loader])
+    return pages.get_template("gallery.html")
 
 
 def _some(layers: tuple[int, ...]) -> list[int]:

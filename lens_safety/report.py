@@ -68,7 +68,7 @@ def report(
         "audit": plots.shortcut_audit(audit),
         "comparison": plots.comparison(comparison),
         "tone": plots.tone_and_content(tone, content),
-        "vector": plots.vector(content),
+        "vector": plots.vector(content, start=detector.layer),
         "steering": plots.dose_response(steering),
     } | {f"scores-{i}": plots.score_distribution(one) for i, one in enumerate(reports)}
     return _write(
@@ -123,7 +123,7 @@ def _write(
 ) -> Path:
     """Fill in a page. What every page has in common is named here once."""
     summary = [(one.title, one.line) for one in findings if one.line]
-    page = _environment().get_template(template)
+    page = environment().get_template(template)
     return write_text(
         path,
         page.render(
@@ -138,7 +138,8 @@ def _write(
     )
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Templates of pages, with the filters that write numbers and intervals."""
     environment = templates()
     environment.filters["interval"] = lambda row, name: " ".join(shown(row, name, signed=False))
     environment.filters["signed"] = lambda row, name: " ".join(shown(row, name))

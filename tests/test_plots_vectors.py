@@ -79,6 +79,15 @@ def test_what_the_slider_starts_with_is_what_its_step_would_set():
     assert layout["title.text"] == figure.layout.title.text
 
 
+def test_the_slider_starts_where_it_is_told_to():
+    vectors = vectors_from(HAND)
+    figure: Any = plots.vector(vectors, start=0)
+    assert figure.layout.sliders[0].active == 0
+    assert "layer 0" in figure.layout.title.text
+    with pytest.raises(ls.OptionError, match=r"start=7 given, expected one of the layers shown: \[0, 2\]"):
+        plots.vector(vectors, [0, 2], start=7)
+
+
 def test_one_layer_has_no_slider_and_a_wrong_one_is_refused():
     vectors = vectors_from(HAND)
     assert not plots.vector(vectors, 1).layout.sliders

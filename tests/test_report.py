@@ -219,12 +219,13 @@ def test_a_page_fits_its_window_draws_every_figure_and_is_silent(opened, name):
 def test_the_slider_of_the_vector_changes_its_layer(opened, parts):
     page, _ = opened["study"]
     values = "() => [...document.getElementById('figure-vector').data[0].y]"
-    content = parts["content"]
-    np.testing.assert_allclose(page.evaluate(values), content.layer(1), atol=1e-3)
+    content, detector = parts["content"], parts["detector"]
+    np.testing.assert_allclose(page.evaluate(values), content.layer(detector.layer), atol=1e-3)
     rail = page.locator("#figure-vector .slider-rail-touch-rect")
     rail.scroll_into_view_if_needed()
     box = rail.bounding_box()
     page.mouse.click(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
+    assert detector.layer != 2
     first = f"{float(content.layer(2)[0]):.2f}"
     page.wait_for_function(f"({values})()[0].toFixed(2) === '{first}'")
     np.testing.assert_allclose(page.evaluate(values), content.layer(2), atol=1e-3)

@@ -29,16 +29,26 @@ from .style import (
 )
 
 
-def vector(vectors: ContentVectors, layer: int | Sequence[int] | None = None, *, k: int = 20) -> go.Figure:
+def vector(
+    vectors: ContentVectors,
+    layer: int | Sequence[int] | None = None,
+    *,
+    start: int | None = None,
+    k: int = 20,
+) -> go.Figure:
     """A layer's vector: every dimension, the distribution of its values, and the k largest.
 
-    Several layers (None = all) share the figure by a slider, which starts in their middle. Values are
-    rounded to four digits. Raises `MismatchError` for a layer without a vector.
+    Several layers (None = all) share the figure by a slider, which starts at layer `start`, by default in
+    their middle. Values are rounded to four digits. Raises `MismatchError` for a layer without a vector,
+    `OptionError` for a start that is not shown.
     """
     layers = chosen_layers(layer, vectors.layers)
     if not layers:
         raise OptionError("no layers given: expected a layer, some, or None for all of them")
-    start = len(layers) // 2
+    start = layers[len(layers) // 2] if start is None else start
+    if start not in layers:
+        raise OptionError(f"start={start} given, expected one of the layers shown: {layers}")
+    first = layers.index(start)
     views = [_VectorView(vectors, one, k) for one in layers]
     figure = make_subplots(
         rows=2,
@@ -50,10 +60,10 @@ def vector(vectors: ContentVectors, layer: int | Sequence[int] | None = None, *,
         subplot_titles=(
             f"all {vectors.vectors.shape[1]} dimensions",
             "distribution of the values",
-            views[start].share,
+            views[first].share,
         ),
     )
-    for trace, (row, column) in zip(views[start].traces, ((1, 1), (2, 1), (2, 2)), strict=True):
+    for trace, (row, column) in zip(views[first].traces, ((1, 1), (2, 1), (2, 2)), strict=True):
         figure.add_trace(trace, row=row, col=column)
     figure.update_xaxes(title_text="dimension", row=1, col=1)
     figure.update_yaxes(title_text="value (resid units)", row=1, col=1)
@@ -65,9 +75,9 @@ def vector(vectors: ContentVectors, layer: int | Sequence[int] | None = None, *,
     figure.update_annotations(font_size=13)
     figure.update_layout(showlegend=False)
     if len(layers) > 1:
-        layer_slider(figure, layers, [view.change for view in views], start)
+        layer_slider(figure, layers, [view.change for view in views], first)
     height = 720 + (SLIDER if len(layers) > 1 else 0)
-    return styled(figure, views[start].title, provenance(vectors), height, above=30)
+    return styled(figure, views[first].title, provenance(vectors), height, above=30)
 
 
 class _VectorView:
