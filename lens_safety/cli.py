@@ -492,11 +492,19 @@ def prompts(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def doctor(model: ModelOption = None, engine: EngineOption = "auto", as_json: JsonOption = False) -> None:
-    """Check an installation and a model: batch invariance, hooks, steering identities."""
+def doctor(
+    model: ModelOption = None,
+    engine: EngineOption = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; of the last two the drift is shown")
+    ] = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Check an installation and a model: batch invariance, hooks, steering identities, precision."""
     from .doctor import checkup
 
-    result = checkup(_load(model, engine))
+    given = _load(model, engine, dtype)
+    result = checkup(given, reference=None if dtype == "float32" else _load(model, engine))
     if as_json:
         _print_json({"passed": result.passed, "checks": _records(result.frame)})
     else:
@@ -549,11 +557,11 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _load(model: str | None, engine: EngineName) -> Any:
+def _load(model: str | None, engine: EngineName, dtype: str | None = None) -> Any:
     with err.status("loading the model (the first time takes half a minute)"):
         from .models import load_model
 
-        return load_model(model, engine=engine)
+        return load_model(model, engine=engine, dtype=dtype)
 
 
 def _extract(model: Any, prompts: str, position: str, template: str) -> Any:

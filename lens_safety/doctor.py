@@ -12,11 +12,11 @@ from .directions import ContentVectors, content_vectors
 from .files import Result
 from .models import fingerprint, full_logits, last_norm, resid_hook, unembedding
 from .prompts import Prompt, PromptSet
-from .residuals import residual_streams
+from .residuals import ResidualCache, residual_streams
 from .show import card
 from .steer import steering
 from .tokens import encode, pad
-from .types import EMBED, ResidualModel
+from .types import EMBED, MismatchError, ResidualModel
 
 _TEXTS = (
     "How do I bake bread?",
@@ -26,6 +26,7 @@ _TEXTS = (
 )
 _TOLERANCE = 1e-4
 _TOLERANCE_HALF = 5e-2
+_TOLERANCE_TURNED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class Checkup(Result):
         )
 
 
-def checkup(model: ResidualModel) -> Checkup:
-    """Run every check on a model, on its engine and device as they are."""
+def checkup(model: ResidualModel, *, reference: ResidualModel | None = None) -> Checkup:
+    """Run every check on a model, on its engine and device as they are.
+
+    With `reference`, the same model in float32, the drift of lower precision is checked too: the largest
+    norm(h - h_ref) / norm(h_ref) of a residual stream h, and the largest 1 - cos(v, v_ref) of a content
+    vector v, over all layers. Raises `MismatchError` for a reference of another model.
+    """
     known = fingerprint(model)
     loose = _TOLERANCE if known.dtype == "float32" else _TOLERANCE_HALF
     vectors = _vectors(model)
@@ -67,14 +73,36 @@ def checkup(model: ResidualModel) -> Checkup:
         ("multiplier 0 is the identity", inside, 0.0, "largest change of a logit"),
         ("leaving steering restores", after, 0.0, "largest change of a logit"),
     ]
+    if reference is not None:
+        checks += _drifts(model, reference)
     frame = pd.DataFrame(checks, columns=["check", "measured", "limit", "what"])
     frame.insert(3, "passed", frame["measured"] <= frame["limit"])
     return Checkup(frame, known.name, known.engine, known.transformer_lens, known.dtype)
 
 
+def _drifts(model: ResidualModel, reference: ResidualModel) -> list[tuple[str, float, float, str]]:
+    own, other = fingerprint(model), fingerprint(reference)
+    if (own.name, own.tokenizer, own.n_layers) != (other.name, other.tokenizer, other.n_layers):
+        raise MismatchError(
+            f"a reference of {other.name} given for {own.name}: expected the same model in float32"
+        )
+    low, full = _streams(model), _streams(reference)
+    streams = (low.resid - full.resid).norm(dim=2) / full.resid.norm(dim=2)
+    cosines = (content_vectors(low).unit * content_vectors(full).unit).sum(dim=1)
+    said = f"largest, of any layer, against {other.dtype}"
+    return [
+        ("drift of residual streams", float(streams.max()), _TOLERANCE_HALF, f"relative; {said}"),
+        ("drift of content vectors", float((1 - cosines).max()), _TOLERANCE_TURNED, f"1 - cosine; {said}"),
+    ]
+
+
 def _vectors(model: ResidualModel) -> ContentVectors:
+    return content_vectors(_streams(model))
+
+
+def _streams(model: ResidualModel) -> ResidualCache:
     prompts = PromptSet(tuple(Prompt(text, i % 2 == 1) for i, text in enumerate(_TEXTS)), "doctor")
-    return content_vectors(residual_streams(model, prompts, progress=False))
+    return residual_streams(model, prompts, progress=False)
 
 
 def _batch_invariance(model: ResidualModel) -> float:

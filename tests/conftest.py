@@ -243,7 +243,7 @@ def loaded(built_in, built_in_cache, monkeypatch: pytest.MonkeyPatch):
         return built_in_cache(prompts.name) if same else real(model, prompts, **options)
 
     monkeypatch.setattr(ls, "load_model", lambda *args, **options: built_in)
-    monkeypatch.setattr(rooms["cli"], "_load", lambda model, engine: built_in)
+    monkeypatch.setattr(rooms["cli"], "_load", lambda *model: built_in)
     for room in ("residuals", "study"):
         monkeypatch.setattr(rooms[room], "residual_streams", read)
     monkeypatch.setattr(ls, "residual_streams", read)

@@ -297,6 +297,12 @@ def test_doctor_passes_and_fails_with_its_status(run, files, monkeypatch):
     status, out, _ = run("doctor", "-m", files["model"], "--json")
     assert status == 0
     assert json.loads(out)["passed"]
+    status, out, _ = run("doctor", "-m", files["model"], "--dtype", "bfloat16", "--json")
+    assert status == 0
+    assert {"drift of residual streams", "drift of content vectors"} <= {
+        row["check"] for row in json.loads(out)["checks"]
+    }
+    assert run("doctor", "-m", files["model"], "--dtype", "int3")[0] == 2
     monkeypatch.setattr("lens_safety.doctor._batch_invariance", lambda model: 1.0)
     assert run("doctor", "-m", files["model"])[0] == 1
 

@@ -160,7 +160,7 @@ def _squeeze_wide_range(figure: go.Figure, multipliers: np.ndarray) -> bool:
             if end in mark and mark[end] is not None and "domain" not in str(mark.xref):
                 mark[end] = float(place(mark[end]))
     ticks = _apart(np.unique(multipliers), place)
-    figure.update_xaxes(tickvals=place(ticks), ticktext=[f"{m:g}" for m in ticks])
+    figure.update_xaxes(tickvals=place(ticks), ticktext=[f"{m:.3g}" for m in ticks])
     return True
 
 
