@@ -20,7 +20,9 @@ LEVELS = {
     **dict.fromkeys(["tokens"], 3),
     **dict.fromkeys(["residuals", "passes", "kv_cache", "decoding"], 4),
     **dict.fromkeys(["directions"], 5),
-    **dict.fromkeys(["separation", "scorers", "detect", "plans", "steer", "exchange", "attribute"], 6),
+    **dict.fromkeys(
+        ["separation", "scorers", "detect", "plans", "steer", "exchange", "attribute", "moments"], 6
+    ),
     **dict.fromkeys(["evaluate", "baselines", "audit", "responses", "sweep", "guard", "readings"], 7),
     **dict.fromkeys(["plots", "findings", "report", "study", "doctor"], 8),
     **dict.fromkeys(["cli", "dashboard", "explore", "session"], 9),
