@@ -55,7 +55,7 @@ def sums(one: ClassMoments) -> dict[str, torch.Tensor]:
 def far(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
     """The largest distance between two sums, relative to the sum."""
     assert set(got) == set(want)
-    return max(float((got[name] - want[name]).norm() / want[name].norm()) for name in want)
+    return max(float((got[name] - want[name]).norm() / want[name].norm().clamp_min(1e-30)) for name in want)
 
 
 def apart(one: Moments, other: Moments) -> float:
@@ -113,6 +113,21 @@ def test_an_iterator_is_read_a_chunk_at_a_time(tiny, monkeypatch: pytest.MonkeyP
     assert (len(got), got.source) == (8, "prompts")
 
 
+def test_batches_are_as_large_as_asked_for_and_long_prompts_cut_where_allowed(tiny):
+    sizes = []
+    handle = tiny.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    try:
+        for batch_tokens in (1, 10_000):
+            streamed(tiny, batch_tokens=batch_tokens, share_prefix=False)
+    finally:
+        handle.remove()
+    assert sizes == [1] * 8 + [8]
+    long = labelled(["a cake or a kite " * 40, "x"])
+    with pytest.raises(PromptError, match="pass truncate=True"):
+        streamed(tiny, long)
+    assert apart(streamed(tiny, long, truncate=True), Moments.of(read(tiny, long, truncate=True))) < 1e-5
+
+
 def test_layers_and_what_they_were_read_from_are_kept(tiny):
     cache = read(tiny, layers=[2, 0], template="raw")
     got = streamed(tiny, layers=[2, 0], template="raw")
@@ -150,6 +165,8 @@ def test_cohens_d_is_that_of_the_projections():
     assert (flattered > honest).all()
     assert honest[1] > 2 > abs(honest[0])
     np.testing.assert_allclose(got.cohens_d(-vectors), -honest)
+    some = Moments.of(replace(cache, resid=cache.resid[[2, 0]], layers=(2, 0)))
+    np.testing.assert_allclose(some.cohens_d(vectors), honest[[2, 0]])
 
 
 @pytest.mark.parametrize("shrinkage", [0, 0.1, 0.75])
@@ -238,6 +255,14 @@ def test_equal_classes_have_no_direction_and_no_effect():
     assert frame["cohens_d_in_sample"].tolist() == [0.0] * 4
     assert (got.lda().unit == 0).all()
     assert (got.lda(0.5).unit == 0).all()
+
+
+def test_classes_that_do_not_vary_are_told_apart_by_their_means():
+    labels = np.arange(12) % 2 == 1
+    rows = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(1))
+    got = Moments.of(cache_of(rows[:, labels.astype(int)], labels))
+    torch.testing.assert_close(got.lda().unit, got.content_vectors().unit)
+    assert np.isposinf(got.to_frame()["cohens_d_in_sample"].to_numpy()[1:]).all()
 
 
 def test_means_alone_are_enough_for_content_vectors_and_separation(tiny):
