@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .exchange import from_dict, read_gguf, to_dict, write_gguf
     from .explore import explore
     from .models import ModelFingerprint, fingerprint, load_model
+    from .moments import Moments, moments
     from .plans import Dose, ExponentialDecay, LinearDecay, SteeringPlan
     from .prompts import Prompt, PromptSet, load_prompts
     from .public_sets import public_sets
@@ -116,6 +117,7 @@ _ROOMS = {
     "exchange": ("from_dict", "read_gguf", "to_dict", "write_gguf"),
     "explore": ("explore",),
     "models": ("ModelFingerprint", "fingerprint", "load_model"),
+    "moments": ("Moments", "moments"),
     "prompts": ("Prompt", "PromptSet", "load_prompts"),
     "public_sets": ("public_sets",),
     "readings": (
@@ -165,6 +167,7 @@ __all__ = [
     "MismatchError",
     "ModelError",
     "ModelFingerprint",
+    "Moments",
     "OptionError",
     "PairedTests",
     "Prompt",
@@ -203,6 +206,7 @@ __all__ = [
     "load_detector",
     "load_model",
     "load_prompts",
+    "moments",
     "nearest_prompts",
     "next_token_kl",
     "next_token_logits",
@@ -236,7 +240,7 @@ __all__ = [
 
 
 class _Door(ModuleType):
-    """`evaluate`, `explore`, `report`, `study`, `sweep` name a room and a function: the door shows this."""
+    """`evaluate`, `moments`, `report`, `study` and others name a room and a function: the door shows this."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ("operators", "plots"):

@@ -78,6 +78,7 @@ def results() -> dict[str, Any]:
         "tone": ls.ToneContent(pd.DataFrame(), pd.DataFrame([cells]), 1, "set", "m", 0),
         "baseline": ls.TextBaseline("length", None, 0.5, 0.6, "set"),
         "cache": cache,
+        "moments": ls.Moments.of(cache),
         "prompts": prompts,
         "vectors": vectors,
         "detector": detector,
