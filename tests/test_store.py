@@ -19,7 +19,7 @@ from lens_safety.models import Engine, hooked_available, resid_hook
 from lens_safety.store import StoredRows
 from lens_safety.types import FileError, OptionError
 
-MANY = tuple(f"{text} {i}" for i in range(12) for text in TEXTS)
+MANY = tuple(f"{text} {i}" for i in range(10) for text in TEXTS)
 ONE_BY_ONE = {"batch_tokens": 1, "share_prefix": False}
 """A batch is one prompt, so that values are the same bit for bit whatever else is missing."""
 
@@ -28,6 +28,10 @@ LAYERS = [-1, *range(N_LAYERS)]
 
 def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
+
+
+def held_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in shards_of(folder))
 
 
 def rows_in(kept: ls.ResidualStore | Path, **changed) -> StoredRows:
@@ -167,7 +171,7 @@ def ready(tiny_folders, tiny_models):
     return tiny_models[name]
 
 
-def forked(work: Callable[[], None]) -> int:
+def forked(work: Callable[[], object]) -> int:
     """A process of its own that does `work` with the model that is loaded here; its number."""
     child = os.fork()
     if child:
@@ -210,7 +214,7 @@ def test_sigkill_at_ten_random_moments_loses_at_most_the_batch_in_flight(
         patch.setattr(passes.Passes, "_one_pass", noted)
         for _ in range(10):
             done.write_bytes(b"")
-            before, enough = len(shards_of(folder)), int(rng.integers(0, 6))
+            before, enough = len(shards_of(folder)), int(rng.integers(0, 5))
             child = forked(lambda: streams(ready, MANY, store=folder, **ONE_BY_ONE))
             deadline = time.monotonic() + 30
             while done.stat().st_size < enough and time.monotonic() < deadline:
@@ -220,7 +224,7 @@ def test_sigkill_at_ten_random_moments_loses_at_most_the_batch_in_flight(
             assert ended(child, deadline) == -signal.SIGKILL
             assert len(shards_of(folder)) - before >= max(enough, done.stat().st_size) - 1
     stored = len(shards_of(folder))
-    assert 10 <= stored < len(MANY)
+    assert 0 < stored < len(MANY)
     with rows_of_passes(ready) as rows:
         got = streams(ready, MANY, store=folder, **ONE_BY_ONE)
     assert rows == [1] * (len(MANY) - stored)
@@ -230,27 +234,27 @@ def test_sigkill_at_ten_random_moments_loses_at_most_the_batch_in_flight(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("max_bytes", [10**9, 20_000], ids=["room", "evicting"])
+@pytest.mark.parametrize("max_bytes", [10**9, 8_000], ids=["room", "evicting"])
 def test_processes_on_one_store_at_once_have_the_same_values_also_while_it_is_cleared(
     ready, tmp_path: Path, max_bytes: int
 ):
-    want = streams(ready, MANY, **ONE_BY_ONE)
+    want = streams(ready, MANY[:15], **ONE_BY_ONE)
     kept = ls.ResidualStore(tmp_path, max_bytes=max_bytes)
 
     def work() -> None:
         for _ in range(2):
-            got = streams(ready, MANY, store=kept, **ONE_BY_ONE)
+            got = streams(ready, MANY[:15], store=kept, **ONE_BY_ONE)
             assert torch.equal(everything(got), everything(want))
 
     children = [forked(work), forked(work)]
     deadline = time.monotonic() + 60
-    for _ in range(5):
+    for _ in range(4):
         kept.to_frame()
         kept.clear()
         time.sleep(0.02)
     assert [ended(child, deadline) for child in children] == [0, 0]
     rows_in(kept).keep(["the next write trims"], some(1))
-    assert 0 < sum(path.stat().st_size for path in shards_of(tmp_path)) <= max_bytes
+    assert 0 < held_in(tmp_path) <= max_bytes
     assert [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"] == []
 
 
@@ -304,7 +308,7 @@ def test_a_store_never_holds_more_than_its_bound_and_no_call_evicts_its_own_rows
     with rows_of_passes(tiny) as rows:
         streams(tiny, [TEXTS[0], *MANY[5:10]], store=kept, **ONE_BY_ONE)
     assert rows == [1] * 5
-    assert 0 < sum(path.stat().st_size for path in shards_of(tmp_path)) <= kept.max_bytes
+    assert 0 < held_in(tmp_path) <= kept.max_bytes
     # There was room for the row that the call has read and the first two that it has written.
     with rows_of_passes(tiny) as rows:
         streams(tiny, [TEXTS[0], *MANY[5:10]], store=kept, **ONE_BY_ONE)
@@ -330,7 +334,7 @@ def test_temporary_files_of_killed_runs_are_no_shards_and_go(tmp_path: Path):
     rows_in(kept).keep(["c"], some(1))
     assert not left.exists()
     left.write_bytes(b"half a batch")
-    held = sum(path.stat().st_size for path in shards_of(tmp_path))
+    held = held_in(tmp_path)
     assert kept.clear() == held + len(b"half a batch")
     assert list(tmp_path.iterdir()) == []
 
@@ -383,7 +387,7 @@ def test_the_store_lists_itself_and_clears_one_model(tmp_path: Path):
     assert frame["position"].tolist() == ["last", "last"]
     assert frame["layers"].tolist() == ["0 to 2", "0 to 2"]
     assert frame["prompts"].tolist() == [1, 3]
-    assert frame["bytes"].sum() == sum(path.stat().st_size for path in shards_of(tmp_path))
+    assert sum(frame["bytes"].tolist()) == held_in(tmp_path)
     assert str(frame["last_used"][1]) == "2001-09-09 01:46:40+00:00"
     shown = kept._repr_html_()
     assert "planted" in shown
