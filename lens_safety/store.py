@@ -26,7 +26,9 @@ MAX_BYTES = 5_000_000_000
 
 _KIND = "stored residual streams"
 _SHARD = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}\.safetensors")
-_PARTIAL = re.compile(rf"\.{_SHARD.pattern}\..*\.partial")
+_PARTIAL = re.compile(rf"\.{_SHARD.pattern}\..*\.partial|\.tmp[0-9A-Za-z]{{6}}")
+"""Temporary files: of `files.atomic_path`, and those that safetensors itself writes and renames."""
+
 _ABANDONED = 3600.0
 """Seconds after which a temporary file is taken for one that a killed run left behind."""
 
@@ -263,7 +265,7 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict) -> None:
             save_tensors(path, _KIND, tensors, header)
             return
         except (OSError, SafetensorError) as error:
-            if is_last or not isinstance(error, FileNotFoundError):
+            if is_last or not isinstance(error, FileNotFoundError | SafetensorError):
                 raise FileError(
                     f"store {path.parent} cannot be written ({error}): give another folder, or make room"
                 ) from error

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import D_MODEL, FINGERPRINT, N_LAYERS, TEXTS
+from safetensors import SafetensorError
 from test_residuals import drift, everything, rows_of_passes, streams
 
 import lens_safety as ls
@@ -32,6 +33,10 @@ def shards_of(folder: Path) -> list[Path]:
 
 def held_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in shards_of(folder))
+
+
+def held(folder: Path, text: str) -> bool:
+    return bool(list(rows_in(folder).find([text])))
 
 
 def rows_in(kept: ls.ResidualStore | Path, **changed) -> StoredRows:
@@ -265,8 +270,8 @@ def test_a_temporary_file_that_is_cleared_away_while_it_is_written_is_written_ag
 
     def cleared(*args):
         calls.append(1)
-        if len(calls) == 1:
-            raise FileNotFoundError
+        if len(calls) <= 2:
+            raise [FileNotFoundError, SafetensorError][len(calls) - 1]
         return real(*args)
 
     monkeypatch.setattr(store, "save_tensors", cleared)
@@ -315,15 +320,32 @@ def test_a_store_never_holds_more_than_its_bound_and_no_call_evicts_its_own_rows
     assert rows == [1] * 3
 
 
+def test_a_call_evicts_nothing_that_it_has_read_or_written_and_stops_writing_where_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    size = keep_aged(ls.ResidualStore(tmp_path), "read", 900).stat().st_size
+    keep_aged(ls.ResidualStore(tmp_path), "unused", 0)
+    call = rows_in(ls.ResidualStore(tmp_path, max_bytes=3 * size + 100))
+    list(call.find(["read"]))
+    written, real = [], files.save_tensors
+    monkeypatch.setattr(store, "save_tensors", lambda *args: written.append(args[3]) or real(*args))
+    for text in ("first", "second", "third", "fourth"):
+        call.keep([text], some(1))
+    stored = {text for text in ("unused", "read", "first", "second", "third") if held(tmp_path, text)}
+    assert stored == {"read", "first", "second"}
+    assert len(written) == 3
+
+
 def test_a_batch_larger_than_the_bound_is_not_kept(tmp_path: Path):
     rows_in(ls.ResidualStore(tmp_path, max_bytes=100)).keep(["a"], some(1))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_temporary_files_of_killed_runs_are_no_shards_and_go(tmp_path: Path):
+@pytest.mark.parametrize("name", [".{}.abc.partial", ".tmpG0HxeA"])
+def test_temporary_files_of_killed_runs_are_no_shards_and_go(tmp_path: Path, name: str):
     kept = ls.ResidualStore(tmp_path)
     shard = keep_aged(kept, "a", 0)
-    left = tmp_path / f".{shard.name}.abc.partial"
+    left = tmp_path / name.format(shard.name)
     left.write_bytes(b"half a batch")
     assert kept.to_frame()["prompts"].tolist() == [1]
     # It may be a batch that another process writes just now.
@@ -334,8 +356,8 @@ def test_temporary_files_of_killed_runs_are_no_shards_and_go(tmp_path: Path):
     rows_in(kept).keep(["c"], some(1))
     assert not left.exists()
     left.write_bytes(b"half a batch")
-    held = held_in(tmp_path)
-    assert kept.clear() == held + len(b"half a batch")
+    size = held_in(tmp_path)
+    assert kept.clear() == size + len(b"half a batch")
     assert list(tmp_path.iterdir()) == []
 
 
