@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from .responses import Consistency, SteeringSweep, consistency
     from .separation import LayerTable, layer_table, top_dimensions
     from .steer import TargetKL, next_token_kl, steering, steering_plan
+    from .store import ResidualStore
     from .study import Study, study
     from .sweep import sweep
     from .types import (
@@ -134,6 +135,7 @@ _ROOMS = {
     "separation": ("LayerTable", "layer_table", "top_dimensions"),
     "plans": ("Dose", "ExponentialDecay", "LinearDecay", "SteeringPlan"),
     "steer": ("TargetKL", "next_token_kl", "steering", "steering_plan"),
+    "store": ("ResidualStore",),
     "study": ("Study", "study"),
     "responses": ("Consistency", "SteeringSweep", "consistency"),
     "sweep": ("sweep",),
@@ -175,6 +177,7 @@ __all__ = [
     "PromptSet",
     "ResidualCache",
     "ResidualModel",
+    "ResidualStore",
     "ShortcutAudit",
     "SteeringPlan",
     "SteeringSweep",

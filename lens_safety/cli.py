@@ -492,6 +492,49 @@ def prompts(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def cache(
+    folder: Annotated[
+        Path | None, typer.Option(help="The store; the user's cache folder by default.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is stored.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="With --clear: of this model only, as it is listed.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The residual streams that are kept on disk, so that no prompt is run twice; --clear removes them.
+
+    Example: lens-safety cache --clear --model SmolLM2-135M-Instruct
+    """
+    from .files import cache_folder
+    from .store import ResidualStore
+    from .types import FileError, OptionError
+
+    if model is not None and not clear:
+        raise OptionError(f"--model {model!r} given without --clear: expected both, or neither to list all")
+    if folder is not None and not folder.exists():
+        raise FileError(f"no folder {folder}: expected one that --store or store= named")
+    store = ResidualStore(cache_folder() / "residuals" if folder is None else folder)
+    if clear:
+        freed = store.clear(model)
+        if as_json:
+            _print_json({"folder": str(store.folder), "freed_bytes": freed})
+        else:
+            out.print(f"{freed / 1e6:,.1f} MB freed ({freed:,} bytes)", highlight=False)
+        return
+    frame = store.to_frame()
+    total = sum(frame["bytes"].tolist())
+    frame["last_used"] = frame["last_used"].astype(str)
+    if as_json:
+        _print_json({"folder": str(store.folder), "bytes": total, "rows": _records(frame)})
+        return
+    frame["MB"] = frame["bytes"] / 1e6
+    shown = ["model", "template", "position", "layers", "prompts", "MB", "last_used"]
+    _print_table(frame, shown, "Stored residual streams")
+    _say(f"{store.folder}: {total / 1e6:,.1f} MB, at most {store.max_bytes / 1e6:,.0f} MB")
+
+
+@app.command()
 def doctor(
     model: ModelOption = None,
     engine: EngineOption = "auto",

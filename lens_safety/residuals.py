@@ -1,7 +1,5 @@
 """Residual streams: every layer of every prompt from one forward pass a batch."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +13,13 @@ from torch import Tensor
 
 from . import tokens as tok
 from .files import building_from, load_tensors, save_tensors
-from .models import ModelFingerprint, check_layers, fingerprint
+from .models import ModelFingerprint, check_layers, fingerprint, is_hooked
 from .passes import Passes
 from .progress import track
 from .prompts import Prompt, PromptSet, as_prompts
 from .show import card
-from .types import EMBED, FileError, MismatchError, ResidualModel
+from .store import ResidualStore, StoredRows
+from .types import EMBED, FileError, MismatchError, OptionError, ResidualModel
 
 BATCH_TOKENS = 2048
 """Padded tokens a batch; small batches of one length keep a CPU's caches and a GPU's memory happy."""
@@ -122,7 +121,7 @@ def residual_streams(
     template: tok.Template = "auto",
     layers: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
-    store: str | Path | None = None,
+    store: str | Path | ResidualStore | None = None,
     truncate: bool = False,
     share_prefix: bool = True,
     progress: bool = True,
@@ -142,12 +141,13 @@ def residual_streams(
         batch_tokens: padded tokens a batch. A batch that runs out of memory is halved and run again.
         share_prefix: run the tokens that all prompts begin with (a chat template's system message) once.
             Hooks of yours on the model, and `steering`, see every prompt whole whatever this says.
-        store: a folder in which finished batches are kept; a run that was interrupted, or one with
-            more prompts, computes only what is missing there.
+        store: a folder, or a `ResidualStore`, in which finished batches are kept; a run that was
+            interrupted, one with more prompts or one with fewer layers computes only what is missing there.
 
     Raises:
         PromptError: an empty prompt, or one too long for the context (unless `truncate`).
-        OptionError: an unknown position or template, or a layer out of range.
+        OptionError: an unknown position or template, a layer out of range, or a store for a hooked model.
+        FileError: a damaged store, or a position or template that a store cannot name.
     """
     prompts = as_prompts(prompts)
     chosen = check_layers(model, range(model.cfg.n_layers) if layers is None else layers)
@@ -161,8 +161,8 @@ def residual_streams(
         model=fingerprint(model),
     )
     encoded = tok.encode(model, prompts.texts, template=template, truncate=truncate)
-    shards = _Shards(store, made, cut_at=model.cfg.n_ctx if truncate else None)
-    missing = shards.fill(made)
+    stored = None if store is None else _stored(store, model, made, truncate)
+    missing = list(range(len(prompts))) if stored is None else _filled(made, stored)
     passes = Passes(
         model,
         [encoded[row] for row in missing],
@@ -175,50 +175,36 @@ def residual_streams(
         for found, streams in passes.run(batch):
             rows = [missing[number] for number in found]
             made.embed[rows], made.resid[:, rows] = streams[0], streams[1:]
-            shards.keep(made, rows)
+            if stored is not None:
+                stored.keep([prompts.prompts[row].text for row in rows], streams)
     return made
 
 
-class _Shards:
-    """Finished batches on disk, found again by the prompt's text and everything that shapes a row."""
+def _stored(
+    store: str | Path | ResidualStore, model: ResidualModel, made: ResidualCache, truncate: bool
+) -> StoredRows:
+    if is_hooked(model):
+        raise OptionError(
+            "store= given while hooks or `steering` are on the model: expected none, since what is stored "
+            "belongs to the model alone; leave store out here"
+        )
+    return StoredRows(
+        store,
+        made.model,
+        position=made.position,
+        template=made.template,
+        layers=[EMBED, *made.layers],
+        cut_at=model.cfg.n_ctx if truncate else None,
+    )
 
-    def __init__(self, store: str | Path | None, like: ResidualCache, *, cut_at: int | None):
-        self._folder: Path | None = None
-        if store is None:
-            return
-        if "callable" in like.position + like.template:
-            raise FileError("store= needs a named position and template: a callable cannot be told apart")
-        # The probe's last digits depend on the threads, the weights' hash does not.
-        model = {**like.model.to_dict(), "probe": None}
-        what = [model, like.position, like.template, like.layers, cut_at]
-        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = Path(store) / key
 
-    def fill(self, made: ResidualCache) -> list[int]:
-        """Copy the rows that are on disk into `made`; the numbers of those that are not."""
-        if self._folder is None:
-            return list(range(len(made)))
-        wanted: dict[str, list[int]] = {}
-        for row, text in enumerate(made.prompts.texts):
-            wanted.setdefault(text, []).append(row)
-        for path in sorted(self._folder.glob("*.safetensors")):
-            tensors, header = load_tensors(path, "residual shard")
-            for i, text in enumerate(header["texts"]):
-                for row in wanted.pop(text, []):
-                    made.resid[:, row], made.embed[row] = (
-                        tensors["resid"][:, i],
-                        tensors["embed"][i],
-                    )
-        return sorted(row for rows in wanted.values() for row in rows)
-
-    def keep(self, made: ResidualCache, rows: Sequence[int]) -> None:
-        if self._folder is None:
-            return
-        texts = [made.prompts.prompts[row].text for row in rows]
-        name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-        chosen = torch.tensor(rows)
-        tensors = {"resid": made.resid[:, chosen], "embed": made.embed[chosen]}
-        save_tensors(self._folder / f"{name}.safetensors", "residual shard", tensors, {"texts": texts})
+def _filled(made: ResidualCache, stored: StoredRows) -> list[int]:
+    """Copy the rows that are in the store into `made`; the numbers of those that are not."""
+    missing = set(range(len(made)))
+    for rows, streams in stored.find(made.prompts.texts):
+        made.embed[rows], made.resid[:, rows] = streams[0], streams[1:]
+        missing -= set(rows)
+    return sorted(missing)
 
 
 def _header(cache: ResidualCache) -> dict[str, Any]:

@@ -17,7 +17,7 @@ LEVELS = {
     **dict.fromkeys(["intervals", "metrics", "files", "progress", "wheels", "prompts", "public_sets"], 1),
     **dict.fromkeys(["operators", "show"], 1),
     **dict.fromkeys(["models"], 2),
-    **dict.fromkeys(["tokens"], 3),
+    **dict.fromkeys(["tokens", "store"], 3),
     **dict.fromkeys(["residuals", "passes", "kv_cache", "decoding"], 4),
     **dict.fromkeys(["directions"], 5),
     **dict.fromkeys(

@@ -16,7 +16,7 @@ from lens_safety import cli
 from lens_safety.prompts import BUILT_IN
 from lens_safety.public_sets import PUBLIC_SETS
 
-COMMANDS = ("study", "layers", "fit", "detect", "steer", "sweep", "models", "prompts", "doctor")
+COMMANDS = ("study", "layers", "fit", "detect", "steer", "sweep", "models", "prompts", "cache", "doctor")
 PROGRAM = str(Path(sys.executable).parent / "lens-safety")
 
 
@@ -293,6 +293,31 @@ def test_prompts_names_every_built_in_and_public_set_with_licence_and_address(ru
     assert all(name in table for name in rows)
 
 
+def test_cache_lists_and_clears_what_is_stored(run, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("LENS_SAFETY_CACHE", str(tmp_path / "cache"))
+    status, out, err = run("cache", "--json")
+    assert (status, json.loads(out)["rows"], err) == (0, [], "")
+    model, store = ls.load_model(files["model"]), tmp_path / "cache" / "residuals"
+    ls.residual_streams(model, list(TEXTS), store=store, progress=False)
+    size = sum(path.stat().st_size for path in store.iterdir())
+    status, out, _ = run("cache", "--json")
+    shown = json.loads(out)
+    (row,) = shown["rows"]
+    assert (status, shown["folder"], shown["bytes"], row["bytes"]) == (0, str(store), size, size)
+    assert (row["model"], row["template"], row["position"]) == ("model", "chat", "content_mean")
+    assert (row["layers"], row["prompts"]) == ("0 to 2", 5)
+    status, out, err = run("cache", "--folder", store)
+    assert status == 0
+    assert "content_mean" in out
+    assert row["last_used"] in out
+    assert "at most 5,000 MB" in err
+    status, out, _ = run("cache", "--clear", "--model", "model")
+    assert (status, list(store.iterdir())) == (0, [])
+    assert f"({size:,} bytes)" in out
+    status, out, _ = run("cache", "--folder", store, "--clear", "--json")
+    assert (status, json.loads(out)) == (0, {"folder": str(store), "freed_bytes": 0})
+
+
 def test_doctor_passes_and_fails_with_its_status(run, files, monkeypatch):
     status, out, _ = run("doctor", "-m", files["model"], "--json")
     assert status == 0
@@ -471,6 +496,16 @@ def bad_calls(files: dict[str, Path], folder: Path) -> dict[str, tuple[tuple, st
             ("study", *model, "-p", files["train"], "-t", files["test"], "--multipliers", "1;2"),
             "expected numbers with commas between",
         ),
+        "no such store": (
+            ("cache", "--folder", folder / "nowhere"),
+            "expected one that --store or store= named",
+        ),
+        "a store that is a file": (("cache", "--folder", files["train"]), "is a file, expected a folder"),
+        "nothing of that model stored": (
+            ("cache", "--folder", folder, "--clear", "--model", "gpt2"),
+            "holds nothing of 'gpt2'",
+        ),
+        "a model without --clear": (("cache", "--model", "gpt2"), "given without --clear"),
         "test in training": (
             ("study", *model, "-p", files["train"], "-t", files["train"], "--out", folder / "s"),
             "stand in the training set",
