@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import tokens as tok
 from .files import building_from, load_tensors, save_tensors
-from .models import ModelFingerprint, check_layers, fingerprint, is_hooked
+from .models import ModelFingerprint, check_layers, fingerprint, n_hooks
 from .passes import Passes
 from .progress import track
 from .prompts import Prompt, PromptSet, as_prompts
@@ -183,7 +183,7 @@ def residual_streams(
 def _stored(
     store: str | Path | ResidualStore, model: ResidualModel, made: ResidualCache, truncate: bool
 ) -> StoredRows:
-    if is_hooked(model):
+    if n_hooks(model):
         raise OptionError(
             "store= given while hooks or `steering` are on the model: expected none, since what is stored "
             "belongs to the model alone; leave store out here"
