@@ -100,7 +100,11 @@ def test_a_peer_that_reads_something_else_does_not_count(tiny: Path, monkeypatch
     found = extraction.peers_of(ExitStack(), model, prompts, encoded, options)
     assert set(found.runs) == {"ours 1.0"}
     assert "reads something else" in found.absent["below 1.0"]
-    rows = {row.key: row for row in extraction.peer_rows({"ours 1.0": 4.0, extraction.LAST: 1.0}, found)}
+    both = replace(
+        found, runs=dict.fromkeys(["ours 1.0", "slow 2.0"], list), notes=found.notes | {"slow 2.0": ""}
+    )
+    medians = {"ours 1.0": 4.0, "slow 2.0": 8.0, extraction.LAST: 1.0}
+    rows = {row.key: row for row in extraction.peer_rows(medians, both)}
     assert rows["vs_fastest_peer"].ratio == rows["vs_ours"].ratio == 0.25
     assert rows["vs_below"].ratio is None
 
@@ -159,8 +163,8 @@ def test_short_prompts_differ_and_fewer_are_the_beginning_of_more(monkeypatch):
     monkeypatch.delenv("LENS_SAFETY_DATA", raising=False)
     monkeypatch.syspath_prepend(str(SCRIPTS))
     scaling = importlib.import_module("scaling")
-    many = scaling.short_prompts(3000)
-    assert len(set(many)) == 3000
+    many = scaling.short_prompts(9000)
+    assert len(set(many)) == 9000
     assert many[:40] == scaling.short_prompts(40)
     assert max(map(len, many[:40])) <= scaling.LONGEST
 
