@@ -10,7 +10,9 @@ INSTALL := $(PIP) install --no-compile
 # Threads that spin for a core that another process has slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gemma study analyses steering figures gallery notebooks test docker-check style check format clean
+CSV ?= results/benchmarks.csv
+
+.PHONY: setup gemma study analyses steering benchmark figures gallery notebooks test docker-check style check format clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +41,17 @@ analyses: setup
 steering: setup
 	for script in analyses/09*.py analyses/1*.py; do $(BIN)/python $$script || exit; done
 	$(BIN)/python analyses/results_table.py
+
+# What it costs beside what others do, on both engines; packages from PyPI in environments of their own. Each
+# script puts its rows into the file as it ends, so that a run that is cut short keeps what is done.
+benchmark: setup
+	for script in "extraction.py --peers" detection.py "steering.py --peers" scaling.py; do \
+		for engine in hooked bridge; do \
+			$(BIN)/python analyses/benchmarks/$$script --engine $$engine --csv $(CSV) || exit; \
+		done; \
+	done
+	$(BIN)/python analyses/results_table.py
+	@echo "The benchmarks' rows are in $(CSV)"
 
 # Runs each notebook of `examples/` in a fresh kernel and keeps its outputs, with pictures of its figures.
 notebooks: setup

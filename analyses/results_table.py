@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 DETECTION = "<!-- results: made by analyses/results_table.py -->", "<!-- end of results -->"
 STEERING = "<!-- steering results: made by analyses/results_table.py -->", "<!-- end of steering results -->"
+BENCHMARKS = "<!-- benchmarks: made by analyses/results_table.py -->", "<!-- end of benchmarks -->"
+ENGINES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M"}
 
 
@@ -24,6 +26,9 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     made = filled(readme, DETECTION, [shipped(), study_rows(), across_models(), languages()])
     made = filled(made, STEERING, [strengths(), sentiment(), operators(), personas()])
+    # Only where the README has a place for them: they are measured by `make benchmark`, which takes long.
+    if BENCHMARKS[0] in readme:
+        made = filled(made, BENCHMARKS, benchmarks())
     if "--check" in sys.argv:
         sys.exit(
             0 if made == readme else "README.md is not what results/ says: run this script without --check"
@@ -215,6 +220,56 @@ def personas() -> str:
         "analyses/10_persona_steerability.py`):"
     )
     return f"{title}\n\n{table(header, rows)}"
+
+
+def benchmarks() -> list[str]:
+    """A table for each machine, number of threads and data type on which benchmarks were run."""
+    frame = pd.read_csv(RESULTS / "benchmarks.csv")
+    return [benchmark_table(part) for _, part in frame.groupby(["device", "threads", "dtype"], sort=False)]
+
+
+def benchmark_table(frame: pd.DataFrame) -> str:
+    keys = ["benchmark", "key", "model"]
+    rows = []
+    for _, same in frame.groupby(keys, sort=False):
+        first = same.iloc[0]
+        compared = first["ours"] if pd.isna(first["theirs"]) else f"{first['ours']} / {first['theirs']}"
+        asked = "" if pd.isna(first["asked"]) else f"≤ {first['asked']:g}"
+        values = [benchmark_cell(same.loc[same["engine"] == engine]) for engine in ENGINES]
+        note = "" if pd.isna(first["note"]) else str(first["note"]).replace("|", "\\|")
+        times = f"{first['n_prompts']} x {first['rounds']}"
+        rows.append([str(first["benchmark"]), compared, str(first["model"]), *values, asked, times, note])
+    first = frame.iloc[0]
+    title = (
+        f"**Ours over theirs, below 1 is less (`make benchmark`): {first['device']}, {first['threads']} "
+        f"threads, {first['dtype']}, {first['versions']}**, medians"
+    )
+    header = [
+        "benchmark",
+        "ours / theirs",
+        "model",
+        *ENGINES.values(),
+        "asked for",
+        "prompts x rounds",
+        "note",
+    ]
+    return f"{title}\n\n{table(header, rows)}"
+
+
+def benchmark_cell(row: pd.DataFrame) -> str:
+    """The ratio with what it is made of; what was measured alone; a dash where nothing was."""
+    if row.empty:
+        return "—"
+    one = row.iloc[0]
+    made = []
+    for unit, name in (("s", "seconds"), ("MiB", "mib")):
+        pair = [one[f"{name}_{side}"] for side in ("ours", "theirs")]
+        shown = [f"{value:.4g}" for value in pair if not pd.isna(value)]
+        if shown:
+            made.append(f"{' / '.join(shown)} {unit}")
+    if pd.isna(one["ratio"]):
+        return ", ".join(made) or "none"
+    return f"**{one['ratio']:.2f}** ({', '.join(made)})"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """What the README and the examples show is run."""
 
-import json
 import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import require_data, short_audit, short_sweep, write_tiny_model
+from conftest import require_data, short_audit, short_sweep
 
 import lens_safety as ls
 from lens_safety import cli
@@ -87,18 +85,6 @@ def test_the_commands_of_the_readme_are_all_of_them():
 def test_each_example_runs(loaded, script, capsys):
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip()
-
-
-def test_the_benchmark_of_the_readme_prints_its_ratios(engine, tmp_path):
-    """On a tiny model: that it runs and what it prints, not how fast it is."""
-    model = write_tiny_model(tmp_path / "tiny", "llama", n_ctx=512)
-    options = ("--engine", engine, "--model", str(model), "--prompts", "5", "--rounds", "1", "--json")
-    script = str(ROOT / "analyses" / "benchmarks" / "extraction.py")
-    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True)
-    ratios = json.loads(done.stdout)
-    compared = ("chat_vs_floor", "chat_vs_body", "plain_vs_floor")
-    assert set(ratios) == {*compared, "vs_run_with_cache", "vs_run_with_cache_sorted"}
-    assert all(value > 0 for value in ratios.values())
 
 
 def test_the_studys_own_rows_are_detected_as_well_as_the_readme_says(built_in):

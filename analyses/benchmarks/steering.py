@@ -3,46 +3,40 @@
 Method: one prompt under 8 multipliers, greedy, 40 new tokens: all in one batch (`steering` with a number a
 row) against one run each. Once with a short prompt that is steered at every token, and once with one of
 about 200 tokens, steered while it is continued, so that the batch runs it a single time. Then 8 prompts of
-one length, steered (a multiplier a row) against unsteered. With `--peers` also the short sweep as repeng and
-steering-vectors run it: through Hugging Face, one multiplier after the other, each in its own environment.
-All take turns, so that a slow minute hits each of them; medians of several rounds.
+one length, steered (a multiplier a row) against unsteered, whole and their first token alone. With `--peers`
+also the short sweep as repeng and steering-vectors run it: through Hugging Face, one multiplier after the
+other, each in its own environment. All take turns, so that a slow minute hits each of them; medians of
+several rounds.
 Control: the eight runs must write the batch's tokens, or speed means nothing. The unsteered batch, for what
 the hooks cost; and `HookedTransformer.generate` on a copy with its weights as TransformerLens lays them out.
 Reading: `batched_*` is how many times faster the batch is than its rows one by one (8 would be free);
 `steered_over_unsteered` near 1 means that steering costs nothing; `generate_vs_hooked` is our decoding
-against the stock one's, and there is none on the bridge.
+against the stock one's, and there is none on the bridge. `first_token_s_*` is the wait for the first token of
+a batch of 8, encoding and (steered) hooks included, `per_token_s_*` what each token more takes.
 
-    python analyses/benchmarks/steering.py --engine hooked --rounds 3 [--json | --peers]
+    python analyses/benchmarks/steering.py --engine hooked --rounds 3 [--json] [--peers] [--csv FILE]
 """
 
 import argparse
 import copy
 import json
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import Conditions, Row, conditions, keep, medians_of, rounded, take_turns, timed
+from peers import PEERS, add_envs, start_peers
 
 import lens_safety as ls
 from lens_safety.decoding import greedy_continuations
-from lens_safety.models import engine_of
+from lens_safety.models import device_of, engine_of, fingerprint
 from lens_safety.tokens import encode
-
-ROOT = Path(__file__).parents[2]
-PEER_SCRIPT = Path(__file__).parent / "peers" / "sweep.py"
-PEERS = {"repeng": "repeng==0.4.0", "steering-vectors": "steering-vectors==0.12.2"}
 
 MULTIPLIERS = np.linspace(-2, 2, 8).tolist()
 N_TRAIN = 64
@@ -67,9 +61,12 @@ RATIOS = {
 }
 """Which contender's seconds stand over which other's, and what is asked of the quotient."""
 
+FIRST_TOKEN = {"steered": "steered_first", "unsteered": "unsteered_first"}
+"""Which contender writes the first token alone of another's text."""
+
 SAME_TOKENS = (("batch_short", "runs_short"), ("batch_long", "runs_long"), ("unsteered", "stock_hooked"))
 
-Write = Callable[[Sequence[str]], list[Any]]
+Write = Callable[["Task", Sequence[str]], list[Any]]
 Contenders = dict[str, Callable[[], list[Any]]]
 
 
@@ -104,20 +101,28 @@ def main() -> None:
     model = ls.load_model(options.model, engine=options.engine)
     task = prepare(model, options.layer, options.tokens)
     stock = stock_copy(model) if engine_of(model) == "hooked" else None
+    steers = {name: PEERS[name] for name in ("repeng", "steering-vectors")}
     with ExitStack() as stack:
-        peers, theirs, absent = start_peers(stack, task, options) if options.peers else ({}, {}, {})
-        ids = {name: run() for name, run in contenders(task, task.ids, stock).items()} | theirs
-        seconds, texts = take_turns(contenders(task, task.texts, stock) | peers, options.rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        peers, theirs, absent = {}, {}, {}
+        if options.peers:
+            job = job_of(task, options.model)
+            peers, theirs, absent = start_peers(stack, "sweep.py", steers, job, options.envs)
+        ids = {name: run() for name, run in contenders(task, Task.ids, stock).items()} | theirs
+        seconds, texts = take_turns(contenders(task, Task.texts, stock) | peers, options.rounds)
+    medians = medians_of(seconds)
     results: dict[str, float | bool | None] = {
         name: round(medians[over] / medians[under], 3) if over in medians else None
         for name, (over, under, _) in RATIOS.items()
     }
+    results |= waits(medians, ids)
     results["tokens_identical"] = same_tokens(ids) and same_tokens(texts)
+    kept = rows(medians, results, peers, absent)
+    under = conditions(model, len(MULTIPLIERS), options.rounds)
+    keep(options.csv, kept, under)
     if options.json:
         print(json.dumps(results))
         return
-    print(conditions(task, options))
+    print(shown_conditions(task, under))
     show_seconds(seconds, medians, ids)
     show_ratios(results)
     if options.peers:
@@ -133,15 +138,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=20, help="the steered layer")
     parser.add_argument("--tokens", type=int, default=40, help="new tokens a row")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is taken")
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="print one JSON object with the ratios")
-    shape.add_argument("--peers", action="store_true", help="the short sweep with the PyPI packages too")
-    parser.add_argument(
-        "--envs",
-        type=Path,
-        default=ROOT / "runs" / "benchmark_envs",
-        help="folder of the peers' environments",
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object with the ratios")
+    parser.add_argument("--csv", type=Path, help="a file of benchmark rows to put these into")
+    parser.add_argument("--peers", action="store_true", help="the short sweep with the PyPI packages too")
+    add_envs(parser)
     return parser.parse_args()
 
 
@@ -195,13 +195,16 @@ def stock_copy(model: Any) -> Any:
 
 def contenders(task: Task, write: Write, stock: Any | None) -> Contenders:
     """Each of them returns its rows as `write` does: as texts or as token ids."""
+    first = replace(task, new_tokens=1)
     every: Contenders = {
         "batch_short": lambda: in_one_batch(task, write, [task.short] * len(MULTIPLIERS), "all"),
         "runs_short": lambda: one_by_one(task, write, task.short, "all"),
         "batch_long": lambda: in_one_batch(task, write, [task.long] * len(MULTIPLIERS), "generated"),
         "runs_long": lambda: one_by_one(task, write, task.long, "generated"),
         "steered": lambda: in_one_batch(task, write, task.eight, "all"),
-        "unsteered": lambda: write(task.eight),
+        "unsteered": lambda: write(task, task.eight),
+        "steered_first": lambda: in_one_batch(first, write, task.eight, "all"),
+        "unsteered_first": lambda: write(first, task.eight),
     }
     if stock is not None:
         every["stock_hooked"] = lambda: stock_generate(task, write, stock)
@@ -210,14 +213,14 @@ def contenders(task: Task, write: Write, stock: Any | None) -> Contenders:
 
 def in_one_batch(task: Task, write: Write, prompts: list[str], positions: str) -> list[Any]:
     with task.steering(MULTIPLIERS, positions):
-        return write(prompts)
+        return write(task, prompts)
 
 
 def one_by_one(task: Task, write: Write, prompt: str, positions: str) -> list[Any]:
     rows = []
     for multiplier in MULTIPLIERS:
         with task.steering(multiplier, positions):
-            rows += write([prompt])
+            rows += write(task, [prompt])
     return rows
 
 
@@ -232,33 +235,56 @@ def stock_generate(task: Task, write: Write, stock: Any) -> list[Any]:
         prepend_bos=False,
         verbose=False,
     )[:, tokens.shape[1] :].tolist()
-    if write == task.ids:
+    if write is Task.ids:
         return out
     return [stock.tokenizer.decode(row, skip_special_tokens=True) for row in out]
 
 
-def take_turns(runs: Contenders, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
-    """Seconds of each contender in each round, and what it wrote in the last."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    rows: dict[str, list[Any]] = {}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            rows[name] = run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds, rows
+def waits(medians: dict[str, float], ids: dict[str, list[Any]]) -> dict[str, float | None]:
+    """Seconds to the first token of the batch, and for each one that follows in its longest row."""
+    found: dict[str, float | None] = {}
+    for whole, first in FIRST_TOKEN.items():
+        more = max(map(len, ids[whole])) - 1
+        found[f"first_token_s_{whole}"] = rounded(medians[first])
+        each = (medians[whole] - medians[first]) / more if more else None
+        found[f"per_token_s_{whole}"] = rounded(each)
+    return found
+
+
+def rows(
+    medians: dict[str, float],
+    results: dict[str, float | bool | None],
+    peers: Contenders,
+    absent: dict[str, str],
+) -> list[Row]:
+    """The rows to keep, in which ours is over theirs: the inverse of the factors that are printed."""
+    made = [
+        timed("steering", name, medians, under, over, asked=round(1 / target, 3))
+        for name, (over, under, target) in RATIOS.items()
+        if over in medians
+    ]
+    for what in ("first_token_s", "per_token_s"):
+        ours, theirs = (results[f"{what}_{kind}"] for kind in FIRST_TOKEN)
+        if ours is not None and theirs:
+            seconds = {"steered": ours, "unsteered": theirs}
+            note = f"a batch of {len(MULTIPLIERS)} prompts"
+            made.append(timed("steering", what, seconds, "steered", "unsteered", note=note))
+    made += [timed("steering", f"vs_{name.split()[0]}", medians, "batch_short", name) for name in peers]
+    for wanted, why in absent.items():
+        key = f"vs_{wanted.split('==')[0]}"
+        made.append(Row("steering", key, "batch_short", wanted, note=f"none: {why}"))
+    return made
 
 
 def same_tokens(rows: dict[str, list[Any]]) -> bool:
     return all(rows[one] == rows[other] for one, other in SAME_TOKENS if {one, other} <= set(rows))
 
 
-def conditions(task: Task, options: argparse.Namespace) -> str:
+def shown_conditions(task: Task, under: Conditions) -> str:
     short, long, *eight = (len(one) for one in encode(task.model, [task.short, task.long, *task.eight]))
-    packages = ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers", "torch"))
     return (
-        f"{engine_of(task.model)} engine, {packages}, {torch.get_num_threads()} threads, "
-        f"median of {options.rounds} rounds\n{task.vectors.model.name}, layer {task.layer}, "
+        f"{under.engine} engine, {under.versions}, {under.threads} threads, "
+        f"median of {under.rounds} rounds\n{task.vectors.model.name}, layer {task.layer}, "
         f"{len(MULTIPLIERS)} multipliers from {MULTIPLIERS[0]:g} to {MULTIPLIERS[-1]:g}, {task.new_tokens} "
         f"new tokens, greedy; prompts of {short} (short), {long} (long) and {len(eight)} x {eight[0]} tokens"
     )
@@ -278,6 +304,10 @@ def show_ratios(results: dict[str, float | bool | None]) -> None:
         value = results[name]
         shown = f"{'none':>8}" if value is None else f"{value:8.2f}"
         print(f"  {name:<48}{shown}     (asked for: at least {target:g})")
+    for what in ("first_token_s", "per_token_s"):
+        for kind in FIRST_TOKEN:
+            value = results[f"{what}_{kind}"]
+            print(f"  {f'{what}_{kind}':<48}{'none' if value is None else f'{value:.4f}':>8} s")
     print(f"  {'tokens_identical':<48}{'yes' if results['tokens_identical'] else 'NO':>8}")
 
 
@@ -293,32 +323,6 @@ def show_peers(
         print(f"  {name:<48}    none: {why}")
 
 
-def start_peers(
-    stack: ExitStack, task: Task, options: argparse.Namespace
-) -> tuple[Contenders, dict[str, list[Any]], dict[str, str]]:
-    """The peers that run here, named with their versions, and what they write; and why the others do not."""
-    ready: Contenders = {}
-    rows: dict[str, list[Any]] = {}
-    absent: dict[str, str] = {}
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    job = folder / "job.json"
-    job.write_text(json.dumps(job_of(task, options.model)), encoding="utf-8")
-    for name, requirement in PEERS.items():
-        try:
-            python = environment(options.envs / name, requirement)
-            shown, run = stack.enter_context(peer(python, name, job, folder / f"{name}.log"))
-            rows[shown] = run()
-        except PeerError as error:
-            absent[requirement] = str(error)
-        else:
-            ready[shown] = run
-    return ready, rows, absent
-
-
-class PeerError(Exception):
-    """A peer that does not install or run; the message is the last line that it wrote."""
-
-
 def job_of(task: Task, model: str | None) -> dict[str, Any]:
     from lens_safety.models import _source
 
@@ -327,67 +331,12 @@ def job_of(task: Task, model: str | None) -> dict[str, Any]:
         "ids": encode(task.model, [task.short])[0].ids.tolist(),
         "vector": task.vectors.layer(task.layer).tolist(),
         "layer": task.layer,
+        "dtype": fingerprint(task.model).dtype,
+        "device": device_of(task.model).type,
         "multipliers": MULTIPLIERS,
         "new_tokens": task.new_tokens,
         "threads": torch.get_num_threads(),
     }
-
-
-def environment(folder: Path, requirement: str) -> Path:
-    """The Python of a virtual environment with our torch and the peer, made where there is none."""
-    python = folder / "bin" / "python"
-    if not python.is_file():
-        call([sys.executable, "-m", "venv", str(folder)])
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    ours = next(line for line in lines if line.startswith("torch=="))
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-    call([*pip, ours])
-    call([*pip, ours, requirement])
-    return python
-
-
-def call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise PeerError(last_line(done.stderr or done.stdout))
-
-
-@contextmanager
-def peer(
-    python: Path, name: str, job: Path, log: Path
-) -> Iterator[tuple[str, Callable[[], list[list[int]]]]]:
-    """Its name with versions, and its sweep, which runs in its own process each time it is called."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
-    with (
-        log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(
-            [str(python), str(PEER_SCRIPT), name, str(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | quiet,
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        ask, answers = process.stdin, process.stdout
-
-        def answer() -> Any:
-            line = answers.readline()
-            if not line:
-                raise PeerError(last_line(log.read_text(encoding="utf-8")))
-            return json.loads(line)
-
-        def run() -> list[list[int]]:
-            print("run", file=ask, flush=True)
-            return answer()
-
-        yield answer(), run
-
-
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 if __name__ == "__main__":
