@@ -265,12 +265,28 @@ def run_blocks(
     def enough(resid: Tensor, hook: Any) -> None:
         raise _Enough
 
-    with borrowed(model), model.hooks(fwd_hooks=[*hooks, (resid_hook(last_layer), enough)]):
+    with borrowed(model), _hooks(model, [*hooks, (resid_hook(last_layer), enough)]):
         try:
             model(tokens, padding_side="right", **(options or {}))
         except _Enough:
             return
     raise ModelError(f"{resid_hook(last_layer)} never fired; is this a decoder-only model?")
+
+
+@contextmanager
+def _hooks(model: ResidualModel, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
+    """`model.hooks` with the hook points looked up once: a bridge makes its table anew for each name."""
+    points = model.hook_dict  # type: ignore[attr-defined]
+    added: list[tuple[Any, Any]] = []
+    try:
+        for name, hook in hooks:
+            points[name].add_hook(hook)
+            added.append((points[name], points[name].fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks = [one for one in point.fwd_hooks if one is not handle]
 
 
 def n_hooks(model: ResidualModel) -> int:
