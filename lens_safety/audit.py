@@ -22,6 +22,7 @@ from .prompts import PromptSet
 from .residuals import ResidualCache
 from .scorers import Method
 from .show import card, pick
+from .store import Store
 from .types import EMBED, Labels, MismatchError, OptionError, PromptError, ResidualModel
 
 Rewording = Callable[[str, np.random.Generator], str]
@@ -162,6 +163,7 @@ def shortcut_audit(
     train: ResidualCache,
     model: ResidualModel | None = None,
     n_resamples: int = 500,
+    store: Store | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> ShortcutAudit:
@@ -171,6 +173,7 @@ def shortcut_audit(
     length, and the detector's method on the embedding layer. With `model`, the detector reads changed
     texts too: words in random order, danger words masked, and politely and rudely framed. A detector of
     meaning has a wide gap to the baselines, falls when words are shuffled, and does not move with tone.
+    Changed texts are looked up in `store`, as by `residual_streams`.
 
     Raises:
         MismatchError: `train` is not what the detector was fitted on.
@@ -192,7 +195,7 @@ def shortcut_audit(
         rows.append(("baseline", "embedding layer", evaluate(embed, cache, **options)))
     for name, change in REWORDINGS.items() if model is not None else ():
         prompts = reworded(cache.prompts, change, seed=seed)
-        scores = detector.score(prompts, model=model, truncate=True, progress=progress)
+        scores = detector.score(prompts, model=model, truncate=True, store=store, progress=progress)
         report = report_scores(
             scores,
             prompts,

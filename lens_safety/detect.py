@@ -24,6 +24,7 @@ from .prompts import PromptSet
 from .residuals import ResidualCache, residual_streams
 from .scorers import COSINE, LINEAR, METHODS, STRENGTHS, Method, Parameters, apply_scorer, fit_scorer
 from .show import card, pick
+from .store import Store
 from .types import (
     Labels,
     MismatchError,
@@ -198,11 +199,13 @@ class Detector:
         *,
         model: ResidualModel | None = None,
         truncate: bool = False,
+        store: Store | None = None,
         progress: bool = False,
     ) -> Scores:
         """A float per prompt, in order; higher = more dangerous.
 
-        Texts need `model`. A cache or a model other than the detector's is refused.
+        Texts need `model`, and are looked up in `store` as by `residual_streams`. A cache or a model other
+        than the detector's is refused. No block above the detector's highest layer runs.
 
         Raises:
             MismatchError: another model, position or template, or a layer that is not cached.
@@ -210,7 +213,7 @@ class Detector:
         if isinstance(prompts, ResidualCache):
             cache = prompts
         else:
-            cache = self._extract(prompts, model, truncate, progress)
+            cache = self._extract(prompts, model, truncate, store, progress)
         self._check(cache.model, cache.position, cache.template)
         scores = _together(_features(cache, self.layers, self.over), self.over, self.parameters)
         check_scores(scores)
@@ -279,6 +282,7 @@ class Detector:
         prompts: PromptSet | Sequence[str],
         model: ResidualModel | None,
         truncate: bool,
+        store: Store | None,
         progress: bool,
     ) -> ResidualCache:
         if model is None:
@@ -291,6 +295,7 @@ class Detector:
             template=tok.named_template(self.template),
             layers=sorted({max(layer, 0) for layer in self.layers}),
             truncate=truncate,
+            store=store,
             progress=progress,
         )
 

@@ -18,7 +18,7 @@ from .passes import Passes
 from .progress import track
 from .prompts import Prompt, PromptSet, as_prompts
 from .show import card
-from .store import ResidualStore, StoredRows
+from .store import Store, StoredRows
 from .types import EMBED, FileError, MismatchError, OptionError, ResidualModel
 
 BATCH_TOKENS = 2048
@@ -121,7 +121,7 @@ def residual_streams(
     template: tok.Template = "auto",
     layers: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
-    store: str | Path | ResidualStore | None = None,
+    store: Store | None = None,
     truncate: bool = False,
     share_prefix: bool = True,
     progress: bool = True,
@@ -180,9 +180,7 @@ def residual_streams(
     return made
 
 
-def _stored(
-    store: str | Path | ResidualStore, model: ResidualModel, made: ResidualCache, truncate: bool
-) -> StoredRows:
+def _stored(store: Store, model: ResidualModel, made: ResidualCache, truncate: bool) -> StoredRows:
     if n_hooks(model):
         raise OptionError(
             "store= given while hooks or `steering` are on the model: expected none, since what is stored "

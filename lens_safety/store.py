@@ -137,6 +137,10 @@ class ResidualStore:
         return _removed([file for file in self._files(_PARTIAL) if file.used <= latest])
 
 
+Store = str | Path | ResidualStore
+"""A store, or the folder of one."""
+
+
 class StoredRows:
     """The rows of one call of `residual_streams` in a store: looked up before it, kept batch by batch.
 
@@ -146,7 +150,7 @@ class StoredRows:
 
     def __init__(
         self,
-        store: str | Path | ResidualStore,
+        store: Store,
         model: ModelFingerprint,
         *,
         position: str,

@@ -146,7 +146,9 @@ def study(
     detector = Detector.fit(fitted_on, method=method, seed=seed)
     reports = tuple(evaluate(detector, cache, seed=seed) for cache in held_out)
     compared = _compared(detector, tone, fitted_on, personas_read, held_out, reports, seed)
-    audit = shortcut_audit(detector, held_out[0], train=fitted_on, model=model, seed=seed, progress=progress)
+    audit = shortcut_audit(
+        detector, held_out[0], train=fitted_on, model=model, store=store, seed=seed, progress=progress
+    )
     steered = sweep(
         model,
         content,

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import shapes_of_passes
 
 import lens_safety as ls
 from lens_safety.prompts import Prompt, PromptSet
@@ -121,13 +122,21 @@ def test_a_study_asks_on_its_first_set_what_drives_the_detector_and_pairs_it_wit
     assert "train &lt;b&gt;set&lt;/b&gt;" in files["report.html"].read_text(encoding="utf-8")
 
 
-def test_an_interrupted_study_leaves_whole_files_and_resumes(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_study_leaves_whole_files_and_goes_on_without_a_pass(tiny, tmp_path, monkeypatch):
     from lens_safety import study as door
     from lens_safety.study import Study
 
     assert callable(door)
     made = small_study(tiny, store=tmp_path / "residuals")
     made.save(tmp_path)
+    with shapes_of_passes(tiny) as seen:
+        again = small_study(tiny, store=tmp_path / "residuals")
+    assert seen == []
+    again.save(tmp_path / "again")
+    tables = sorted(path.name for path in tmp_path.glob("*.csv"))
+    assert len(tables) == 5
+    for name in tables:
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     before = (tmp_path / "report.html").read_bytes()
 
     def interrupted(*args, **kwargs):
