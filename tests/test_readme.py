@@ -76,6 +76,7 @@ def test_the_commands_of_the_readme_are_all_of_them():
         "sweep",
         "models",
         "prompts",
+        "cache",
         "doctor",
         "dashboard",
     }
