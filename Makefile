@@ -45,7 +45,7 @@ steering: setup
 # What it costs beside what others do, on both engines; packages from PyPI in environments of their own. Each
 # script puts its rows into the file as it ends, so that a run that is cut short keeps what is done.
 benchmark: setup
-	for script in "extraction.py --peers" detection.py "steering.py --peers" scaling.py; do \
+	for script in "extraction.py --peers" shapes.py detection.py "steering.py --peers" scaling.py; do \
 		for engine in hooked bridge; do \
 			$(BIN)/python analyses/benchmarks/$$script --engine $$engine --csv $(CSV) || exit; \
 		done; \

@@ -48,6 +48,7 @@ def main() -> None:
                 session.read(sample(session, name)),
                 train=train,
                 model=session.model if slug == "authored" else None,
+                store=session.store,
                 seed=session.seed,
             )
             for name in AUDITED

@@ -299,7 +299,14 @@ def gather(session: Session) -> Results:
         hard=reports["lda", "adversarial"],
         comparisons=(with_words(reports, train, tests), compared(beside, session)),
         audits=tuple(
-            ls.shortcut_audit(detectors["lda"], test, train=train, model=session.model, seed=session.seed)
+            ls.shortcut_audit(
+                detectors["lda"],
+                test,
+                train=train,
+                model=session.model,
+                store=session.store,
+                seed=session.seed,
+            )
             for test in tests.values()
         ),
         matrix=ls.transfer_matrix(
