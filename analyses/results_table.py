@@ -27,7 +27,7 @@ def main() -> None:
     made = filled(readme, DETECTION, [shipped(), study_rows(), across_models(), languages()])
     made = filled(made, STEERING, [strengths(), sentiment(), operators(), personas()])
     # Only where the README has a place for them: they are measured by `make benchmark`, which takes long.
-    if BENCHMARKS[0] in readme:
+    if BENCHMARKS[0] in readme and (RESULTS / "benchmarks.csv").is_file():
         made = filled(made, BENCHMARKS, benchmarks())
     if "--check" in sys.argv:
         sys.exit(
@@ -173,7 +173,9 @@ def sentiment() -> str:
                 [*where, *cells(row, "change"), band, f"{row['asked']:+.2f}", *cells(row, "nll_change")]
             )
     header = ["model", "chosen on other openings", "n", "unsteered", "change", "random directions"]
-    title = "**Sentiment, judged by VADER** (`python analyses/12_sentiment.py`):"
+    title = (
+        "**Sentiment, judged by VADER** (`python analyses/12_sentiment.py [--model gemma-3-270m --rows 40]`):"
+    )
     return f"{title}\n\n{table([*header, 'asked in words', 'NLL (nats a token)'], rows)}"
 
 
