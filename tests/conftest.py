@@ -1,7 +1,9 @@
 """Models and caches that tests share. Tiny random models have pairwise distinct axis sizes."""
 
 import os
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
@@ -359,6 +361,31 @@ def constant_cache(n: int = 23) -> ResidualCache:
     """Every prompt has the same residual stream, so no layer has a direction."""
     row = torch.randn(N_LAYERS, 1, D_MODEL, generator=torch.Generator().manual_seed(3))
     return cache_of(row.repeat(1, n, 1), np.arange(n) % 2 == 1)
+
+
+def forked(work: Callable[[], object]) -> int:
+    """A process of its own that does `work` with the model that is loaded here; its number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def ended(child: int, deadline: float) -> int:
+    """The child's exit status, or minus the signal that ended it."""
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -signal.SIGALRM
 
 
 BATCH, POS = 5, 11

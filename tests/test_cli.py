@@ -583,7 +583,7 @@ def test_the_installed_program_ends_with_status_2_and_no_traceback(tmp_path):
     assert done.stdout == ""
 
 
-def test_ctrl_c_during_a_study_leaves_no_half_written_file_and_the_next_run_resumes(files, tmp_path):
+def test_ctrl_c_during_a_study_leaves_no_half_written_file_and_the_next_run_resumes(files, run, tmp_path):
     """A real interrupt, sent while the residual streams are being read."""
     arguments = ["-m", str(files["model"]), "-p", str(files["train"]), "-t", str(files["test"])]
     command = [PROGRAM, "study", *arguments, "--multipliers=-1,1", "--out", str(tmp_path / "study")]
@@ -602,8 +602,8 @@ def test_ctrl_c_during_a_study_leaves_no_half_written_file_and_the_next_run_resu
     assert not (tmp_path / "study" / "report.html").exists()
     assert not [path for path in left if path.suffix == ".partial"]
     assert "Traceback" not in said
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    status, _, said = run(*command[1:])
+    assert status == 0, said
     assert (tmp_path / "study" / "report.html").is_file()
 
 

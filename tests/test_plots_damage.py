@@ -8,7 +8,7 @@ from sweeps import linear
 
 import lens_safety as ls
 from lens_safety import plots
-from lens_safety.plots.damage import frontier
+from lens_safety.plots.damage import _log_ticks, frontier
 from lens_safety.responses import Consistency
 
 
@@ -91,8 +91,15 @@ def test_operators_are_lines_of_effect_against_damage_beside_random_directions(s
     np.testing.assert_allclose(turned_more.y, [2, 4])
     assert turned_more.error_y.array is not None
     assert figure.layout.xaxis.type == "log"
-    assert {"damage: KL on neutral prompts (nats)", "change of behaviour of the text"} <= titles(figure)
+    assert list(figure.layout.xaxis.ticktext) == ["0.1", "0.2", "0.5", "1", "2", "5"]
+    said = {"damage: KL on neutral prompts (nats, log scale)", "change of behaviour of the text"}
+    assert said <= titles(figure)
     assert "layer 3 · n = 8 prompts" in text(figure)
+
+
+def test_many_decades_of_damage_have_a_tick_each_and_no_damage_one():
+    assert _log_ticks(np.array([0.002, 3.0, 0.0, np.nan])) == pytest.approx([0.001, 0.01, 0.1, 1, 10])
+    assert _log_ticks(np.zeros(2)) == [1.0]
 
 
 def test_one_operator_at_two_layers_is_two_lines(sweep):

@@ -3,14 +3,13 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import D_MODEL, FINGERPRINT, N_LAYERS, TEXTS
+from conftest import D_MODEL, FINGERPRINT, N_LAYERS, TEXTS, ended, forked
 from safetensors import SafetensorError
 from test_residuals import drift, everything, rows_of_passes, streams
 
@@ -174,31 +173,6 @@ def ready(tiny_folders, tiny_models):
     if name not in tiny_models:
         tiny_models[name] = ls.load_model(tiny_folders["llama"], engine=name)
     return tiny_models[name]
-
-
-def forked(work: Callable[[], object]) -> int:
-    """A process of its own that does `work` with the model that is loaded here; its number."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
-
-
-def ended(child: int, deadline: float) -> int:
-    """The child's exit status, or minus the signal that ended it."""
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -signal.SIGALRM
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

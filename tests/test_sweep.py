@@ -4,16 +4,15 @@ import importlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TEXTS, labelled, write_tiny_model
+from conftest import TEXTS, ended, forked, labelled, write_tiny_model
 
 import lens_safety as ls
 from lens_safety import decoding
@@ -238,40 +237,41 @@ def test_another_sweep_does_not_read_the_journal_of_this_one(parts, tmp_path):
         assert len(list(tmp_path.glob("*.jsonl"))) == before + 1
 
 
-KILLED = """
-import sys, lens_safety as ls
-folder, store = sys.argv[1:]
-model = ls.load_model(folder)
-prompts = ls.load_prompts("content")[:40]
-vectors = ls.content_vectors(ls.residual_streams(model, prompts, progress=False))
-swept = ls.sweep(model, vectors, ls.load_prompts("openings")[:16], layers=[0, 1, 2], multipliers=[-2.0, 2.0],
-                 max_new_tokens=12, store=store, progress=False)
-swept.frame.to_csv(sys.argv[2] + "/rows.csv", index=False)
-"""
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_sweep_survives_sigkill(tmp_path):
-    folder = write_tiny_model(tmp_path / "tiny", "llama")
+    model = ls.load_model(write_tiny_model(tmp_path / "tiny", "llama"))
+    vectors = ls.content_vectors(ls.residual_streams(model, ls.load_prompts("content")[:40], progress=False))
+
+    def sweep(place: Path) -> None:
+        swept = ls.sweep(
+            model,
+            vectors,
+            ls.load_prompts("openings")[:16],
+            layers=[0, 1, 2],
+            multipliers=[-2.0, 2.0],
+            max_new_tokens=12,
+            store=place,
+            progress=False,
+        )
+        swept.frame.to_csv(place / "rows.csv", index=False)
+
+    def journal(place: Path) -> str:
+        return "".join(path.read_text(encoding="utf-8") for path in place.glob("sweep-*.jsonl"))
+
     store, straight = tmp_path / "store", tmp_path / "straight"
-    for place in (store, straight):
-        place.mkdir()
-    command = [sys.executable, "-c", KILLED, str(folder)]
-    process = subprocess.Popen([*command, str(store)], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        journal = next(store.glob("sweep-*.jsonl"), None)
-        if journal is not None and journal.read_text(encoding="utf-8").count("\n") >= 2:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.02)
-    assert process.wait() == -signal.SIGKILL
-    kept = next(store.glob("sweep-*.jsonl")).read_text(encoding="utf-8").splitlines()
+    child, deadline = forked(lambda: sweep(store)), time.monotonic() + 120
+    while journal(store).count("\n") < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert ended(child, deadline) == -signal.SIGKILL
+    kept = journal(store).splitlines()
     jobs = [json.loads(line)["job"] for line in kept if line.endswith("}")]
     assert jobs
+    assert not (store / "rows.csv").exists()
     for place in (store, straight):
-        subprocess.run([*command, str(place)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        sweep(place)
     assert (store / "rows.csv").read_text() == (straight / "rows.csv").read_text()
-    assert next(store.glob("*.jsonl")).read_text(encoding="utf-8").startswith("\n".join(kept[: len(jobs)]))
+    assert journal(store).startswith("\n".join(kept[: len(jobs)]))
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,25 @@ def operators(*sweeps: SteeringSweep, measure: str | None = None) -> go.Figure:
             entry = f"{sweep.operator}, layer {layer}" if several else sweep.operator
             _operator_lines(figure, rows, entry, next(colours))
     figure.add_hline(0, line={"color": INK, "dash": "dot", "width": 1})
-    figure.update_xaxes(title_text="damage: KL on neutral prompts (nats)", type="log", exponentformat="none")
+    ticks = _log_ticks(np.concatenate([table["kl"].to_numpy(dtype=float) for table in tables]))
+    figure.update_xaxes(title_text="damage: KL on neutral prompts (nats, log scale)", type="log")
+    figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_yaxes(title_text=f"change of {plain_name(name)}")
     models = ", ".join(dict.fromkeys(sweep.model for sweep in sweeps))
     layers = sorted({layer for sweep in sweeps for layer in sweep.layers})
     at = "" if several else f"layer {', '.join(map(str, layers))} · "
     note = f"{models} · {at}n = {sweeps[0].n_prompts} prompts · means with 95% intervals"
     return legend_below(styled(figure, "Operators at equal damage", note, 440))
+
+
+def _log_ticks(values: np.ndarray) -> list[float]:
+    """1, 2, 5 of each decade around the values, or its 1 alone where there are many decades."""
+    known = np.log10(values[values > 0])
+    if not len(known):
+        return [1.0]
+    low, high = int(np.floor(known.min())), int(np.ceil(known.max()))
+    digits = (1, 2, 5) if np.ptp(known) < 2 else (1,)
+    return [digit * 10.0**decade for decade in range(low, high + 1) for digit in digits]
 
 
 def consistency(result: Consistency, layer: int | None = None) -> go.Figure:

@@ -258,7 +258,8 @@ def transfer_matrix(result: TransferMatrix) -> go.Figure:
     down = [wrapped(name.replace("_", " "), 12) for name in fitted]
     figure.update_yaxes(tickvals=fitted, ticktext=down, tickfont_size=10)
     note = f"{result.model} · {result.method} · AUROC · * cross-validated inside the set · white = chance"
-    return styled(figure, "What carries over", note, (260 if many else 190) + 34 * len(wide))
+    row = max(34, 14 * max(1 + name.count("<br>") for name in down))
+    return styled(figure, "What carries over", note, (260 if many else 190) + row * len(wide))
 
 
 def label_curve(*curves: LabelCurve, measure: str = "auroc") -> go.Figure:
