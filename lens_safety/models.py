@@ -290,10 +290,12 @@ def _hooks(model: ResidualModel, hooks: Sequence[tuple[str, Hook]]) -> Iterator[
 
 
 def n_hooks(model: ResidualModel) -> int:
-    """How many hooks of the caller, or of a `steering` context, are on the model."""
-    points: Any = model.hook_dict.values()  # type: ignore[attr-defined]
-    # A bridge lists a point once for each of its names.
-    return sum(len(point.fwd_hooks) for point in {id(point): point for point in points}.values())
+    """How many hooks of the caller, or of a `steering` context, are on the model's hook points."""
+    from transformer_lens.hook_points import HookPoint
+
+    # Not by `hook_dict`, which a bridge makes anew each time it is asked.
+    modules = model.modules()  # type: ignore[attr-defined]
+    return sum(len(module.fwd_hooks) for module in modules if isinstance(module, HookPoint))
 
 
 def full_logits(model: ResidualModel, tokens: Tokens) -> Float[Tensor, "batch pos d_vocab"]:

@@ -54,9 +54,8 @@ class Passes:
         self._prefix_ids = ones[0].ids[: self._n] if ones else np.empty(0, dtype=np.int64)
         self._prefix: SharedPrefix | None = None
         self._before: dict[int, Tensor] = {}
-        self.batches = list(
-            tok.batches(model, [one.after(self._n) for one in ones], batch_tokens=batch_tokens)
-        )
+        rest = [one.after(self._n) for one in ones]
+        self.batches = list(tok.batches(model, rest, batch_tokens=batch_tokens, n_before=self._n))
 
     def run(self, batch: tok.Batch) -> Iterator[Read]:
         """(numbers of the prompts, their vectors) of a batch; halved and run again where memory runs out."""

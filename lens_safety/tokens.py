@@ -218,11 +218,16 @@ def weights_of(one: Encoded, position: Position) -> Float[np.ndarray, " pos"]:
     return weights
 
 
-def batches(model: ResidualModel, encoded: Sequence[Encoded], *, batch_tokens: int) -> Iterator[Batch]:
-    """Right-padded batches of prompts of like length, at most `batch_tokens` padded tokens each."""
+def batches(
+    model: ResidualModel, encoded: Sequence[Encoded], *, batch_tokens: int, n_before: int = 0
+) -> Iterator[Batch]:
+    """Right-padded batches of prompts of like length, at most `batch_tokens` padded tokens each.
+
+    Behind a prefix of `n_before` tokens, whose keys and values each row has too, at most so many of those.
+    """
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]), reverse=True)
     while order:
-        size = max(1, batch_tokens // len(encoded[order[0]]))
+        size = max(1, batch_tokens // max(len(encoded[order[0]]), n_before))
         rows, order = order[:size], order[size:]
         yield pad(model, encoded, rows)
 

@@ -16,11 +16,10 @@ import json
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, keep, take_turns, timed
+from measuring import conditions, keep, options_of, take_turns, timed
 
 import lens_safety as ls
 from lens_safety.models import borrowed
@@ -58,16 +57,9 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engine", choices=("auto", "hooked", "bridge"), default="auto")
-    parser.add_argument("--model", help="hub name, folder or .gguf file; the built-in model by default")
+    parser = options_of(__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--prompts", type=int, default=N_PROMPTS, help="how many prompts")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each prompt")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--csv", type=Path, help="a file of benchmark rows to put this one into")
     return parser.parse_args()
 
 

@@ -27,11 +27,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Conditions, Row, conditions, keep, medians_of, take_turns, timed
+from measuring import Conditions, Row, conditions, keep, medians_of, options_of, take_turns, timed
 from peers import PEERS, add_envs, start_peers
 
 import lens_safety as ls
@@ -101,17 +100,10 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engine", choices=("auto", "hooked", "bridge"), default="auto")
-    parser.add_argument("--model", help="hub name, folder or .gguf file; the built-in model by default")
+    parser = options_of(__doc__)
     parser.add_argument("--gemma", default="gemma-3-270m", help="the model with the wide unembedding")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--prompts", type=int, default=N_PROMPTS, help="how many prompts")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is taken")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with the ratios")
-    parser.add_argument("--csv", type=Path, help="a file of benchmark rows to put these into")
     parser.add_argument("--peers", action="store_true", help="the PyPI packages too")
     add_envs(parser)
     return parser.parse_args()

@@ -1,5 +1,6 @@
-"""What benchmarks share: contenders that take turns, and the file in which their figures are kept."""
+"""What benchmarks share: options, contenders that take turns, the file in which their figures are kept."""
 
+import argparse
 import statistics
 import sys
 import time
@@ -55,6 +56,18 @@ class Row:
 
 COLUMNS = [field.name for kind in (Row, Conditions) for field in fields(kind)]
 _SAME = ["benchmark", "key", "engine", "model", "dtype", "device"]
+
+
+def options_of(doc: str | None, *, rounds: int | None = 3) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; its help is the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("auto", "hooked", "bridge"), default="auto")
+    parser.add_argument("--model", help="hub name, folder or .gguf file; the built-in model by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with the ratios")
+    parser.add_argument("--csv", type=Path, help="a file of benchmark rows to put these into")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="of which the median is taken")
+    return parser
 
 
 def conditions(model: Any, n_prompts: int, rounds: int) -> Conditions:

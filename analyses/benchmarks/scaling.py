@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import Conditions, Row, conditions, keep, rounded
+from measuring import Conditions, Row, conditions, keep, options_of, rounded
 
 import lens_safety as ls
 from lens_safety.prompts import BUILT_IN, DATA_VARIABLE
@@ -82,14 +82,8 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engine", choices=("auto", "hooked", "bridge"), default="auto")
-    parser.add_argument("--model", help="hub name, folder or .gguf file; the built-in model by default")
+    parser = options_of(__doc__, rounds=None)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of prompts")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--csv", type=Path, help="a file of benchmark rows to put these into")
     parser.add_argument("--one", type=int, metavar="N", help="measure N prompts in this process")
     return parser.parse_args()
 

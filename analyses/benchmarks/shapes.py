@@ -12,10 +12,9 @@ Reading: a ratio well below 1 asks for `batch_tokens=...` (or `load_model(dtype=
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 
 from extraction import benchmark_prompts
-from measuring import conditions, keep, medians_of, take_turns, timed
+from measuring import conditions, keep, medians_of, options_of, take_turns, timed
 
 import lens_safety as ls
 from lens_safety.residuals import BATCH_TOKENS
@@ -49,15 +48,8 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engine", choices=("auto", "hooked", "bridge"), default="auto")
-    parser.add_argument("--model", help="hub name, folder or .gguf file; the built-in model by default")
+    parser = options_of(__doc__)
     parser.add_argument("--prompts", type=int, default=128, help="how many prompts")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is taken")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--csv", type=Path, help="a file of benchmark rows to put these into")
     return parser.parse_args()
 
 

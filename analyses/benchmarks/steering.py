@@ -25,12 +25,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import Conditions, Row, conditions, keep, medians_of, rounded, take_turns, timed
+from measuring import Conditions, Row, conditions, keep, medians_of, options_of, rounded, take_turns, timed
 from peers import PEERS, add_envs, start_peers
 
 import lens_safety as ls
@@ -130,16 +129,9 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engine", choices=("auto", "hooked", "bridge"), default="auto")
-    parser.add_argument("--model", help="hub name, folder or .gguf file; the built-in model by default")
+    parser = options_of(__doc__)
     parser.add_argument("--layer", type=int, default=20, help="the steered layer")
     parser.add_argument("--tokens", type=int, default=40, help="new tokens a row")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is taken")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with the ratios")
-    parser.add_argument("--csv", type=Path, help="a file of benchmark rows to put these into")
     parser.add_argument("--peers", action="store_true", help="the short sweep with the PyPI packages too")
     add_envs(parser)
     return parser.parse_args()
