@@ -233,14 +233,15 @@ def benchmarks() -> list[str]:
 def benchmark_table(frame: pd.DataFrame) -> str:
     keys = ["benchmark", "key", "model"]
     rows = []
-    for _, same in frame.groupby(keys, sort=False):
+    for _, same in frame.sort_values("benchmark", kind="stable").groupby(keys, sort=False):
         first = same.iloc[0]
         compared = first["ours"] if pd.isna(first["theirs"]) else f"{first['ours']} / {first['theirs']}"
         asked = "" if pd.isna(first["asked"]) else f"≤ {first['asked']:g}"
         values = [benchmark_cell(same.loc[same["engine"] == engine]) for engine in ENGINES]
         note = "" if pd.isna(first["note"]) else str(first["note"]).replace("|", "\\|")
         times = f"{first['n_prompts']} x {first['rounds']}"
-        rows.append([str(first["benchmark"]), compared, str(first["model"]), *values, asked, times, note])
+        name = f"{first['benchmark']}: `{first['key']}`"
+        rows.append([name, compared, str(first["model"]), *values, asked, times, note])
     first = frame.iloc[0]
     title = (
         f"**Ours over theirs, below 1 is less (`make benchmark`): {first['device']}, {first['threads']} "

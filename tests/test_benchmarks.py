@@ -221,9 +221,9 @@ def test_the_table_of_the_readme_holds_every_row(tmp_path: Path, monkeypatch):
     measuring.keep(path, [faster], replace(on, device="a GPU"))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     on_cpu, on_gpu = tables.benchmarks()
-    assert "| extraction | x / y | tiny | **0.50** (1 / 2 s) | — | ≤ 0.62 | 5 x 3 |  |" in on_cpu
-    assert "| scaling | a prompt of 9 | tiny | 0.25 s, 12 MiB | — |  | 5 x 3 |  |" in on_cpu
-    assert "| extraction | x / z==1 | tiny | none | — |  | 5 x 3 | none: no \\| z |" in on_cpu
+    assert "| extraction: `a` | x / y | tiny | **0.50** (1 / 2 s) | — | ≤ 0.62 | 5 x 3 |  |" in on_cpu
+    assert "| scaling: `at_9` | a prompt of 9 | tiny | 0.25 s, 12 MiB | — |  | 5 x 3 |  |" in on_cpu
+    assert "| extraction: `vs_z` | x / z==1 | tiny | none | — |  | 5 x 3 | none: no \\| z |" in on_cpu
     assert "a GPU, 2 threads, float32" in on_gpu
     readme = f"before {tables.BENCHMARKS[0]}old{tables.BENCHMARKS[1]} after"
     assert on_gpu in tables.filled(readme, tables.BENCHMARKS, [on_gpu])
