@@ -265,7 +265,7 @@ def run_blocks(
     def enough(resid: Tensor, hook: Any) -> None:
         raise _Enough
 
-    with borrowed(model), _hooks(model, [*hooks, (resid_hook(last_layer), enough)]):
+    with borrowed(model), with_hooks(model, [*hooks, (resid_hook(last_layer), enough)]):
         try:
             model(tokens, padding_side="right", **(options or {}))
         except _Enough:
@@ -274,7 +274,7 @@ def run_blocks(
 
 
 @contextmanager
-def _hooks(model: ResidualModel, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
+def with_hooks(model: ResidualModel, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
     """`model.hooks` with the hook points looked up once: a bridge makes its table anew for each name."""
     points = model.hook_dict  # type: ignore[attr-defined]
     added: list[tuple[Any, Any]] = []

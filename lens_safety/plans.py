@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decoding import PAD, Pass, RowsApart, current_pass, is_own_pass, rows_apart
 from .directions import ContentVectors
-from .models import ModelFingerprint, check_layers, fingerprint, resid_hook, site_hook
+from .models import ModelFingerprint, check_layers, fingerprint, resid_hook, site_hook, with_hooks
 from .operators import Add, Directions, Operator, named_operator, operator_name
 from .show import card
 from .types import Hook, MismatchError, OptionError, ResidualModel, Scores, one_of
@@ -169,7 +169,7 @@ class SteeringPlan:
         ]
         with ExitStack() as stack:
             stack.enter_context(rows_apart(self._rows_apart(len(hooks))))
-            stack.enter_context(model.hooks(fwd_hooks=hooks))
+            stack.enter_context(with_hooks(model, hooks))
             yield record
 
     def off(self) -> "SteeringPlan":

@@ -23,7 +23,7 @@ from .decoding import continuation_nll, current_pass, generate, next_token_logit
 from .detect import Detector
 from .directions import ContentVectors, content_vectors, orthogonal_vectors, random_vectors, stand_in
 from .files import write_text
-from .models import check_layers, resid_hook
+from .models import check_layers, resid_hook, with_hooks
 from .operators import Operator, named_operator, operator_name
 from .plans import SteeringPlan
 from .progress import track
@@ -252,7 +252,7 @@ class _Run:
     def _texts(self, asked: list[str]) -> dict[str, Sequence[Any]]:
         """Steered texts, and what the residual stream was while they were written."""
         reader = _Reader(self.vectors, self.detector, len(asked))
-        with self.model.hooks(fwd_hooks=reader.hooks()):
+        with with_hooks(self.model, reader.hooks()):
             texts = generate(self.model, asked, max_new_tokens=self.max_new_tokens, template=self.template)
         return {"text": texts, "flow": reader.flow().tolist(), "inside_score": reader.scores().tolist()}
 

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lens_safety.files import atomic_path
+from lens_safety.files import write_csv
 from lens_safety.models import device_of, engine_of, fingerprint
 
 PACKAGES = ("transformer-lens", "transformers", "torch")
@@ -136,6 +136,5 @@ def keep(path: Path | None, rows: Sequence[Row], under: Conditions) -> None:
         others = [key not in again for key in before[_SAME].itertuples(index=False, name=None)]
         # A column that is empty on one side would make pandas doubt the type of both.
         made = pd.concat([before.loc[others].astype(object), made.astype(object)])
-    with atomic_path(path) as temporary:
-        made.to_csv(temporary, index=False)
+    write_csv(path, made)
     print(f"{len(rows)} rows in {path}", file=sys.stderr)
