@@ -56,7 +56,9 @@ class Pass:
 
     def fan_out(self, values: Tensor) -> Tensor:
         """A row for each row of the batch, from a row for each prompt that is run (or as they are)."""
-        return values if self.rows is None or len(values) == len(self.rows) else values[self.rows]
+        if self.rows is None or len(values) == len(self.rows):
+            return values
+        return values[self.rows.to(values.device)]
 
 
 @dataclass(frozen=True)
@@ -190,18 +192,20 @@ def stream(
     top_p: float | None = None,
     seed: int = 0,
     template: tok.Template = "auto",
+    share_prompts: bool = True,
+    share_prefix: bool = True,
 ) -> Iterator[list[str]]:
     """What `generate` gives, as it is written: after each token the new piece of each row's text.
 
-    The pieces of a row join to the text that `generate` returns; a piece is empty while a character is
-    unfinished or a row has ended. Keep a `steering` context open until the last piece.
+    Arguments as there. The pieces of a row join to the text that `generate` returns; a piece is empty while
+    a character is unfinished or a row has ended. Keep a `steering` context open until the last piece.
     """
     prompts = as_prompts(prompts)
     choose = _chooser(max_new_tokens, temperature, top_k, top_p, seed)
     encoded = tok.encode(model, prompts.texts, template=template, reserve=max_new_tokens)
     columns: list[Tensor] = []
     shown = [""] * len(encoded)
-    for column in _decode(model, encoded, max_new_tokens, choose):
+    for column in _decode(model, encoded, max_new_tokens, choose, share_prompts, share_prefix):
         columns.append(column)
         # Half of a character that takes several tokens decodes to this sign.
         whole = [text.rstrip("\ufffd") for text in _texts(model.tokenizer, columns)]
@@ -218,10 +222,14 @@ def next_token_logits(
     *,
     template: tok.Template = "auto",
     share_prompts: bool = True,
+    share_prefix: bool = True,
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """The logits of the first token after each prompt, in order; of the steered model inside `steering`."""
+    """The logits of the first token after each prompt, in order; of the steered model inside `steering`.
+
+    `share_prompts` and `share_prefix` as in `generate`.
+    """
     encoded = tok.encode(model, as_prompts(prompts).texts, template=template)
-    decoding = Decoding(model, encoded, share=share_prompts)
+    decoding = Decoding(model, encoded, share=share_prompts, share_prefix=share_prefix)
     return decoding.prefill(room=0)
 
 
@@ -232,11 +240,13 @@ def continuation_nll(
     *,
     template: tok.Template = "auto",
     batch_tokens: int = 1024,
+    share_prefix: bool = True,
 ) -> Float[np.ndarray, " prompt"]:
     """Mean negative log-likelihood, in nats a token, of each continuation after its prompt.
 
     Outside `steering` this is what a steered text costs under the unsteered model; inside it the tokens
-    of a continuation count as generated ones. NaN where a continuation is empty.
+    of a continuation count as generated ones. NaN where a continuation is empty. `share_prefix` as in
+    `generate`.
     """
     prompts = as_prompts(prompts)
     if len(prompts) != len(continuations):
@@ -254,12 +264,13 @@ def continuation_nll(
         order = sorted(np.flatnonzero(n_new).tolist(), key=lambda row: place[prompts.texts[row]])
     for first in range(0, len(order), size):
         rows = order[first : first + size]
-        nll[rows] = _forced_nll(model, [encoded[row] for row in rows], [starts[row] for row in rows])
+        own = [encoded[row] for row in rows]
+        nll[rows] = _forced_nll(model, own, [starts[row] for row in rows], share_prefix)
     return nll
 
 
 def _forced_nll(
-    model: ResidualModel, encoded: Sequence[tok.Encoded], starts: Sequence[int]
+    model: ResidualModel, encoded: Sequence[tok.Encoded], starts: Sequence[int], share_prefix: bool
 ) -> Float[np.ndarray, " row"]:
     """Mean negative log-likelihood of what follows each row's prompt, fed in one pass behind the prompts."""
     given = [
@@ -267,7 +278,7 @@ def _forced_nll(
     ]
     new = [torch.from_numpy(one.ids[start:]) for one, start in zip(encoded, starts, strict=True)]
     targets = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=-1).to(device_of(model))
-    decoding = Decoding(model, given)
+    decoding = Decoding(model, given, share_prefix=share_prefix)
     n = targets.shape[1]
     logits = decoding.prefill(room=n - 1)[:, None]
     if n > 1:

@@ -200,12 +200,13 @@ class Detector:
         model: ResidualModel | None = None,
         truncate: bool = False,
         store: Store | None = None,
+        share_prefix: bool = True,
         progress: bool = False,
     ) -> Scores:
         """A float per prompt, in order; higher = more dangerous.
 
-        Texts need `model`, and are looked up in `store` as by `residual_streams`. A cache or a model other
-        than the detector's is refused. No block above the detector's highest layer runs.
+        Texts need `model`; `truncate`, `store` and `share_prefix` as in `residual_streams`. A cache or a
+        model other than the detector's is refused. No block above the detector's highest layer runs.
 
         Raises:
             MismatchError: another model, position or template, or a layer that is not cached.
@@ -213,7 +214,7 @@ class Detector:
         if isinstance(prompts, ResidualCache):
             cache = prompts
         else:
-            cache = self._extract(prompts, model, truncate, store, progress)
+            cache = self._extract(prompts, model, truncate, store, share_prefix, progress)
         self._check(cache.model, cache.position, cache.template)
         scores = _together(_features(cache, self.layers, self.over), self.over, self.parameters)
         check_scores(scores)
@@ -232,10 +233,20 @@ class Detector:
         *,
         model: ResidualModel | None = None,
         truncate: bool = False,
+        store: Store | None = None,
+        share_prefix: bool = True,
         progress: bool = False,
     ) -> Labels:
-        """score > threshold: True = dangerous."""
-        return self.score(prompts, model=model, truncate=truncate, progress=progress) > self.threshold
+        """score > threshold: True = dangerous. Arguments as in `score`."""
+        scores = self.score(
+            prompts,
+            model=model,
+            truncate=truncate,
+            store=store,
+            share_prefix=share_prefix,
+            progress=progress,
+        )
+        return scores > self.threshold
 
     def probability(self, scores: Scores) -> Scores:
         """The calibrated probability of danger for scores of this detector.
@@ -283,6 +294,7 @@ class Detector:
         model: ResidualModel | None,
         truncate: bool,
         store: Store | None,
+        share_prefix: bool,
         progress: bool,
     ) -> ResidualCache:
         if model is None:
@@ -296,6 +308,7 @@ class Detector:
             layers=sorted({max(layer, 0) for layer in self.layers}),
             truncate=truncate,
             store=store,
+            share_prefix=share_prefix,
             progress=progress,
         )
 

@@ -227,6 +227,32 @@ def device_of(model: ResidualModel) -> torch.device:
     return next(iter(model.parameters())).device  # type: ignore[attr-defined]
 
 
+def sent_to(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on the device; on a GPU the CPU goes on while they are copied, from pinned memory."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+class Arriving:
+    """Values on their way to the CPU, in the stream that computes them; `wait` gives them."""
+
+    def __init__(self, values: Tensor):
+        self._copied: Any = None
+        self._values = values.cpu() if values.device.type != "cuda" else self._pinned(values)
+
+    def _pinned(self, values: Tensor) -> Tensor:
+        pinned = torch.empty_like(values, device="cpu", pin_memory=True)
+        pinned.copy_(values, non_blocking=True)
+        self._copied = torch.cuda.current_stream(values.device).record_event()
+        return pinned
+
+    def wait(self) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values
+
+
 @contextmanager
 def borrowed(model: ResidualModel) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every module's mode as it was afterwards."""

@@ -22,7 +22,7 @@ from .models import ModelFingerprint, check_layers, fingerprint
 from .passes import Passes
 from .progress import track
 from .prompts import Prompt, PromptSet, as_prompts
-from .residuals import BATCH_TOKENS, ResidualCache
+from .residuals import ResidualCache
 from .show import card
 from .types import EMBED, MismatchError, OptionError, PromptError, ResidualModel
 
@@ -317,7 +317,7 @@ def moments(
     position: tok.Position = "content_mean",
     template: tok.Template = "auto",
     layers: Sequence[int] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     truncate: bool = False,
     share_prefix: bool = True,
     progress: bool = True,
@@ -356,9 +356,9 @@ def moments(
             batch_tokens=batch_tokens,
             share_prefix=share_prefix,
         )
-        for batch in track(passes.batches, f"moments of {chunk.name}", progress, size=len):
-            for found, streams in passes.run(batch):
-                both.add(streams, labels[found])
+        batches = track(passes.batches, f"moments of {chunk.name}", progress, size=len)
+        for found, streams in passes.run(batches):
+            both.add(streams, labels[found])
     source = prompts.name if isinstance(prompts, PromptSet) else PromptSet(()).name
     return both.done(tuple(chosen), *named, source, fingerprint(model))
 

@@ -1,6 +1,7 @@
 """Forward passes that read the residual stream: what has to run of each prompt, and what is read of it."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,12 @@ from torch import Tensor
 
 from . import tokens as tok
 from .kv_cache import SharedPrefix, n_shared
-from .models import device_of, n_hooks, resid_hook, run_blocks
+from .models import Arriving, device_of, n_hooks, resid_hook, run_blocks, sent_to
 from .types import Hook, MismatchError, ResidualModel
+
+BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 16384
+"""Padded tokens a batch: small batches of one length keep a CPU's caches happy (measured by
+`analyses/benchmarks/shapes.py`), a GPU has more to fill (not measured)."""
 
 Read = tuple[list[int], Float[Tensor, "layer row d_model"]]
 
@@ -36,7 +41,7 @@ class Passes:
         position: tok.Position,
         layers: Sequence[int],
         *,
-        batch_tokens: int,
+        batch_tokens: int | None,
         share_prefix: bool,
     ):
         self._model, self._layers, self._largest = model, list(layers), position == "max"
@@ -55,23 +60,43 @@ class Passes:
         self._prefix: SharedPrefix | None = None
         self._before: dict[int, Tensor] = {}
         rest = [one.after(self._n) for one in ones]
+        if batch_tokens is None:
+            batch_tokens = BATCH_TOKENS if device_of(model).type == "cpu" else GPU_BATCH_TOKENS
         self.batches = list(tok.batches(model, rest, batch_tokens=batch_tokens, n_before=self._n))
 
-    def run(self, batch: tok.Batch) -> Iterator[Read]:
-        """(numbers of the prompts, their vectors) of a batch; halved and run again where memory runs out."""
+    def run(self, batches: Iterable[tok.Batch]) -> Iterator[Read]:
+        """(numbers of the prompts, their vectors) of batches, in order.
+
+        A GPU gets its next pass before the vectors of one have arrived.
+        """
+        ahead = 0 if device_of(self._model).type == "cpu" else 1
+        underway: deque[tuple[tok.Batch, Arriving]] = deque()
+        for batch in batches:
+            for part, found in self._run_one(batch):
+                underway.append((part, Arriving(found)))
+                if len(underway) > ahead:
+                    yield self._arrived(*underway.popleft())
+        for one in underway:
+            yield self._arrived(*one)
+
+    def _arrived(self, batch: tok.Batch, found: Arriving) -> Read:
+        places = [i for i, number in enumerate(batch.rows) for _ in self._rows[number]]
+        return [row for number in batch.rows for row in self._rows[number]], found.wait()[:, places]
+
+    def _run_one(self, batch: tok.Batch) -> Iterator[tuple[tok.Batch, Float[Tensor, "layer row d_model"]]]:
+        """The batch and its vectors, on the model's device; halved and run again where memory runs out."""
         try:
             found = self._one_pass(batch)
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not _is_out_of_memory(error):
                 raise
         else:
-            places = [i for i, number in enumerate(batch.rows) for _ in self._rows[number]]
-            yield [row for number in batch.rows for row in self._rows[number]], found[:, places]
+            yield batch, found
             return
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         for half in batch.halves():
-            yield from self.run(half)
+            yield from self._run_one(half)
 
     def _one_pass(self, batch: tok.Batch) -> Float[Tensor, "layer row d_model"]:
         if self._n and self._prefix is None:
@@ -97,7 +122,7 @@ class Passes:
                 f"hooks fired {len(fired)} times for {len(self._layers)} residual streams: another hook "
                 "on this model interferes; reset its hooks"
             )
-        return torch.stack([found[layer] for layer in self._layers]).cpu()
+        return torch.stack([found[layer] for layer in self._layers])
 
     def _run_prefix(self) -> None:
         """Run the common beginning; its own residual streams are kept where some of it is read."""
@@ -109,7 +134,7 @@ class Passes:
 
             return resid_hook(layer), hook_fn
 
-        tokens = torch.from_numpy(self._prefix_ids)[None].to(device_of(self._model))
+        tokens = sent_to(torch.from_numpy(self._prefix_ids)[None], device_of(self._model))
         hooks = [into(layer) for layer in self._layers if is_read]
         self._prefix = SharedPrefix(self._model, tokens, hooks, last_layer=max(self._layers))
 
@@ -126,7 +151,7 @@ class Passes:
         for i, number in enumerate(batch.rows):
             own = self._weights[number][first:]
             weights[i, : len(own)] = own
-        w = torch.from_numpy(weights).to(device)
+        w = sent_to(torch.from_numpy(weights), device)
         if self._largest:
             outside = (w == 0)[:, :, None]
             return lambda resid: resid.float().masked_fill(outside, -torch.inf).amax(dim=1)

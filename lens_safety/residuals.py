@@ -21,9 +21,6 @@ from .show import card
 from .store import Store, StoredRows
 from .types import EMBED, FileError, MismatchError, OptionError, ResidualModel
 
-BATCH_TOKENS = 2048
-"""Padded tokens a batch; small batches of one length keep a CPU's caches and a GPU's memory happy."""
-
 _KIND = "ResidualCache"
 
 
@@ -120,7 +117,7 @@ def residual_streams(
     position: tok.Position = "content_mean",
     template: tok.Template = "auto",
     layers: Sequence[int] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     store: Store | None = None,
     truncate: bool = False,
     share_prefix: bool = True,
@@ -138,7 +135,8 @@ def residual_streams(
         position: "content_mean", "content_last", "last", "max", an integer, or a callable on
             (token ids, content mask).
         layers: which layers, all by default; rows come in the order given.
-        batch_tokens: padded tokens a batch. A batch that runs out of memory is halved and run again.
+        batch_tokens: padded tokens a batch, 2,048 by default on a CPU and 16,384 on a GPU. A batch that
+            runs out of memory is halved and run again.
         share_prefix: run the tokens that all prompts begin with (a chat template's system message) once.
             Hooks of yours on the model, and `steering`, see every prompt whole whatever this says.
         store: a folder, or a `ResidualStore`, in which finished batches are kept; a run that was
@@ -171,12 +169,12 @@ def residual_streams(
         batch_tokens=batch_tokens,
         share_prefix=share_prefix,
     )
-    for batch in track(passes.batches, f"residual streams of {prompts.name}", progress, size=len):
-        for found, streams in passes.run(batch):
-            rows = [missing[number] for number in found]
-            made.embed[rows], made.resid[:, rows] = streams[0], streams[1:]
-            if stored is not None:
-                stored.keep([prompts.prompts[row].text for row in rows], streams)
+    batches = track(passes.batches, f"residual streams of {prompts.name}", progress, size=len)
+    for found, streams in passes.run(batches):
+        rows = [missing[number] for number in found]
+        made.embed[rows], made.resid[:, rows] = streams[0], streams[1:]
+        if stored is not None:
+            stored.keep([prompts.prompts[row].text for row in rows], streams)
     return made
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import tokens as tok
 from .baselines import shuffled
-from .decoding import continuation_nll, current_pass, generate, next_token_logits
+from .decoding import RowsApart, continuation_nll, current_pass, generate, next_token_logits, rows_apart
 from .detect import Detector
 from .directions import ContentVectors, content_vectors, orthogonal_vectors, random_vectors, stand_in
 from .files import write_text
@@ -31,7 +31,7 @@ from .prompts import PromptSet, as_prompts
 from .residuals import ResidualCache
 from .responses import ASKED, CONTENT, NOWHERE, RANDOM, UNSTEERED, SteeringSweep
 from .steer import Continued, continued, divergence, steering_plan
-from .types import Hook, OptionError, PromptError, ResidualModel, one_of
+from .types import Hook, OptionError, PromptError, ResidualModel, Scores, one_of
 
 Behaviour = Callable[[str, str], float]
 CONTROLS = ("random", "shuffled", "orthogonal", "flip", "asked")
@@ -88,6 +88,7 @@ def sweep(
     max_new_tokens: int = 40,
     template: tok.Template = "auto",
     store: str | Path | None = None,
+    share_prefix: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> SteeringSweep:
@@ -115,6 +116,8 @@ def sweep(
         max_new_tokens: 0 writes no texts: for answer tokens and KL alone.
         store: a folder to which finished batches are written at once, so that the same call goes on where
             an interrupted one stopped.
+        share_prefix: run what all prompts of a batch begin with (a chat template's system message) once,
+            where no steering tells it apart; False runs every prompt whole.
 
     Raises:
         OptionError: no multipliers, one that is given twice, an unknown control, nothing to measure,
@@ -145,7 +148,9 @@ def sweep(
     if "asked" in controls:
         sides = zip((-1.0, 1.0), ask, strict=True)
         arms += [_Arm(ASKED, NOWHERE, side, np.nan, None, words) for side, words in sides]
-    run = _Run(model, vectors, prompts, arms, detector, behaviour, neutral, max_new_tokens, template)
+    run = _Run(
+        model, vectors, prompts, arms, detector, behaviour, neutral, max_new_tokens, template, share_prefix
+    )
     jobs, done = run.jobs(), _Journal(store, run.identity())
     for job in track(jobs, "steering", progress, size=run.size):
         if job not in done:
@@ -197,6 +202,7 @@ class _Run:
     neutral: PromptSet | Sequence[str] | None
     max_new_tokens: int
     template: tok.Template
+    share_prefix: bool
     rows: list[tuple[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -245,21 +251,39 @@ class _Run:
                 made |= self._texts(asked)
         if self.max_new_tokens:
             texts = list(made["text"])
-            made["nll"] = continuation_nll(self.model, prompts, texts, template=self.template).tolist()
-            made["score"] = _scores(self.detector, texts, self.model).tolist()
+            options = {"template": self.template, "share_prefix": self.share_prefix}
+            made["nll"] = continuation_nll(self.model, prompts, texts, **options).tolist()
+            made["score"] = self._scores(texts).tolist()
         return [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
 
     def _texts(self, asked: list[str]) -> dict[str, Sequence[Any]]:
         """Steered texts, and what the residual stream was while they were written."""
         reader = _Reader(self.vectors, self.detector, len(asked))
-        with with_hooks(self.model, reader.hooks()):
-            texts = generate(self.model, asked, max_new_tokens=self.max_new_tokens, template=self.template)
+        hooks = reader.hooks()
+        with rows_apart(RowsApart(n_hooks=len(hooks))), with_hooks(self.model, hooks):
+            texts = generate(
+                self.model,
+                asked,
+                max_new_tokens=self.max_new_tokens,
+                template=self.template,
+                share_prefix=self.share_prefix,
+            )
         return {"text": texts, "flow": reader.flow().tolist(), "inside_score": reader.scores().tolist()}
 
     def _logit_differences(self, asked: list[str], answers: tuple[str, str]) -> list[float]:
         first, second = (_first_token(self.model, answer) for answer in answers)
-        logits = next_token_logits(self.model, asked, template=self.template).float()
+        options = {"template": self.template, "share_prefix": self.share_prefix}
+        logits = next_token_logits(self.model, asked, **options).float()
         return (logits[:, first] - logits[:, second]).tolist()
+
+    def _scores(self, texts: list[str]) -> Scores:
+        """The detector's scores of the texts alone; NaN for one that is empty."""
+        scores = np.full(len(texts), np.nan)
+        written = [i for i, text in enumerate(texts) if text.strip()]
+        if self.detector is not None and written:
+            some = [texts[i] for i in written]
+            scores[written] = self.detector.score(some, model=self.model, share_prefix=self.share_prefix)
+        return scores
 
     def _plans(self) -> list[SteeringPlan]:
         return [arm.plan for arm in self.arms if arm.plan is not None]
@@ -463,11 +487,3 @@ def _first_token(model: ResidualModel, answer: str) -> int:
     if not ids:
         raise OptionError(f"the answer {answer!r} has no token: expected a word")
     return int(ids[0])
-
-
-def _scores(detector: Detector | None, texts: list[str], model: ResidualModel) -> np.ndarray:
-    scores = np.full(len(texts), np.nan)
-    written = [i for i, text in enumerate(texts) if text.strip()]
-    if detector is not None and written:
-        scores[written] = detector.score([texts[i] for i in written], model=model)
-    return scores

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .models import device_of
+from .models import device_of, sent_to
 from .types import OptionError, PromptError, ResidualModel, TokenMask, Tokens, one_of
 
 Template = str | Callable[[str], str]
@@ -242,11 +242,11 @@ def pad(model: ResidualModel, encoded: Sequence[Encoded], rows: Sequence[int]) -
         n = len(encoded[row])
         tokens[i, :n], content[i, :n] = encoded[row].ids, encoded[row].content
     device = device_of(model)
-    lengths = torch.tensor([len(encoded[row]) for row in rows], device=device)
+    lengths = torch.tensor([len(encoded[row]) for row in rows])
     return Batch(
-        torch.from_numpy(tokens).to(device),
-        torch.from_numpy(content).to(device),
-        lengths,
+        sent_to(torch.from_numpy(tokens), device),
+        sent_to(torch.from_numpy(content), device),
+        sent_to(lengths, device),
         tuple(rows),
     )
 

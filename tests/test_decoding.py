@@ -266,6 +266,34 @@ def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(any_tiny, m
     assert seen[:3] == [(1, n_prefix(any_tiny)), (3, longest - n_prefix(any_tiny)), (3, 1)]
 
 
+def fitted(model) -> ls.Detector:
+    return ls.Detector.fit(ls.residual_streams(model, labelled(), progress=False), layers=[0], folds=2)
+
+
+READERS = {
+    "next_token_logits": lambda model, **options: ls.next_token_logits(model, FRAMED, **options),
+    "stream": lambda model, **options: list(ls.stream(model, FRAMED, max_new_tokens=2, **options)),
+    "continuation_nll": lambda model, **options: torch.from_numpy(
+        ls.continuation_nll(model, FRAMED, ["a kite", "a cake", "how"], **options)
+    ),
+    "score": lambda model, **options: torch.from_numpy(fitted(model).score(FRAMED, model=model, **options)),
+    "predict": lambda model, **options: fitted(model).predict(FRAMED, model=model, **options).tolist(),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_prefix_is_shared_or_not_as_asked_and_changes_nothing(tiny, endless, name):
+    found = {}
+    for share_prefix in (True, False):
+        with shapes_of_passes(tiny) as seen:
+            found[share_prefix] = READERS[name](tiny, share_prefix=share_prefix)
+        assert ((1, n_prefix(tiny)) in seen) is share_prefix
+    if isinstance(found[True], Tensor):
+        assert torch.allclose(found[True], found[False], atol=1e-4)
+    else:
+        assert found[True] == found[False]
+
+
 STEERED_ALIKE = {
     "all": {"positions": "all", "multiplier": 2.0},
     "prompt": {"positions": "prompt", "multiplier": 2.0},
@@ -292,12 +320,8 @@ TOLD_APART = {
     "rows": {"multiplier": [2.0, -2.0, 0.0]},
     "from the end": {"positions": "last:30"},
     "by content": {"positions": "content"},
-    "by a gate": {"when": lambda model: ls.Detector.fit(readings(model), layers=[0], folds=2)},
+    "by a gate": {"when": fitted},
 }
-
-
-def readings(model) -> ls.ResidualCache:
-    return ls.residual_streams(model, labelled(), progress=False)
 
 
 @pytest.mark.parametrize("name", TOLD_APART)

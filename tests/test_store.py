@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import D_MODEL, FINGERPRINT, N_LAYERS, TEXTS, ended, forked
+from conftest import D_MODEL, FINGERPRINT, N_LAYERS, TEXTS, ended, forked, labelled
 from safetensors import SafetensorError
 from test_residuals import drift, everything, rows_of_passes, streams
 
@@ -66,6 +66,16 @@ def test_a_second_run_with_a_store_makes_no_forward_pass(tiny, tmp_path: Path):
     assert rows == []
     assert torch.equal(everything(second), everything(first))
     assert torch.equal(everything(first), everything(streams(tiny, batch_tokens=60)))
+
+
+def test_a_detector_scores_and_predicts_from_a_store(tiny, tmp_path: Path):
+    detector = ls.Detector.fit(streams(tiny, labelled()), layers=[1], folds=2)
+    scores = detector.score(TEXTS, model=tiny, store=tmp_path)
+    with rows_of_passes(tiny) as rows:
+        assert detector.score(TEXTS, model=tiny, store=tmp_path).tolist() == scores.tolist()
+        predicted = detector.predict(TEXTS, model=tiny, store=tmp_path)
+    assert rows == []
+    assert predicted.tolist() == (scores > detector.threshold).tolist()
 
 
 def test_ten_more_prompts_are_ten_forward_passes_and_equal_ones_none(tiny, tmp_path: Path):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TEXTS, ended, forked, labelled, write_tiny_model
+from conftest import FRAMED, TEXTS, ended, forked, labelled, shapes_of_passes, write_tiny_model
 
 import lens_safety as ls
 from lens_safety import decoding
@@ -53,7 +53,7 @@ def run(parts, **options) -> ls.SteeringSweep:
         "n_random": 2,
     }
     given |= {"behaviour": length, "ask": ASK, "max_new_tokens": 5, "progress": False}
-    return ls.sweep(model, vectors, PROMPTS, **(given | options))
+    return ls.sweep(model, vectors, options.pop("prompts", PROMPTS), **(given | options))
 
 
 def test_every_direction_layer_multiplier_and_prompt_has_its_row(parts, endless):
@@ -83,6 +83,32 @@ def test_each_row_is_what_that_steering_alone_writes(parts, endless, positions: 
                 assert texts_of(swept, name, layer, m) == alone
     assert texts_of(swept, UNSTEERED, NOWHERE, 0.0) == ls.generate(model, PROMPTS, max_new_tokens=5)
     assert len(set(swept.frame["text"])) > 6
+
+
+def test_what_all_prompts_begin_with_is_run_once_also_while_texts_are_read(parts, endless):
+    model = parts[0]
+    options = {"prompts": FRAMED, "positions": "generated", "controls": ("random",), "neutral": []}
+    beginning = (1, tok.shared_prefix(tok.encode(model, FRAMED)))
+    with shapes_of_passes(model) as seen:
+        shared = run(parts, **options)
+    assert seen[0] == beginning
+    assert seen.count(beginning) == 2  # of the texts, and of their costs
+    with shapes_of_passes(model) as seen:
+        whole = run(parts, **options, share_prefix=False)
+    assert beginning not in seen
+    assert list(shared.frame["text"]) == list(whole.frame["text"])
+    np.testing.assert_allclose(shared.flow, whole.flow, atol=1e-4)
+    for column in ("inside_score", "nll", "score"):
+        np.testing.assert_allclose(shared.frame[column], whole.frame[column], atol=1e-4)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_answers_are_compared_behind_a_shared_beginning_or_whole(parts, share_prefix: bool):
+    model = parts[0]
+    options = {"positions": "generated", "behaviour": ("cake", "kite"), "share_prefix": share_prefix}
+    with shapes_of_passes(model) as seen:
+        run(parts, prompts=FRAMED, neutral=[], controls=(), max_new_tokens=0, **options)
+    assert ((1, tok.shared_prefix(tok.encode(model, FRAMED))) in seen) is share_prefix
 
 
 def texts_of(swept: ls.SteeringSweep, direction: str, layer: int, m: float) -> list[str]:

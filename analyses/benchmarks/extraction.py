@@ -35,8 +35,8 @@ from peers import PEERS, add_envs, start_peers
 
 import lens_safety as ls
 from lens_safety.models import borrowed, device_of, engine_of, fingerprint, full_logits, resid_hook
+from lens_safety.passes import BATCH_TOKENS
 from lens_safety.prompts import PromptSet
-from lens_safety.residuals import BATCH_TOKENS
 from lens_safety.tokens import Batch, Encoded, batches, encode, pad
 from lens_safety.types import ModelError
 

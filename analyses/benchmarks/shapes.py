@@ -17,7 +17,7 @@ from extraction import benchmark_prompts
 from measuring import conditions, keep, medians_of, options_of, take_turns, timed
 
 import lens_safety as ls
-from lens_safety.residuals import BATCH_TOKENS
+from lens_safety.passes import BATCH_TOKENS
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 DEFAULT, HALF = f"{BATCH_TOKENS} tokens a batch", "bfloat16"
