@@ -69,10 +69,11 @@ def swept(model, known: SimpleNamespace) -> list[Any]:
         n_random=1,
         detector=known.high,
         behaviour=("cake", "kite"),
+        neutral=[],
         max_new_tokens=3,
         progress=False,
     ).frame
-    numbers = ["logit_difference", "score", "inside_score", "nll", "kl"]
+    numbers = ["logit_difference", "score", "inside_score", "nll"]
     return [frame["text"].tolist(), frame[numbers].to_numpy()]
 
 
