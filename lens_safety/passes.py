@@ -14,7 +14,7 @@ from .kv_cache import SharedPrefix, n_shared
 from .models import Arriving, device_of, n_hooks, resid_hook, run_blocks, sent_to
 from .types import Hook, MismatchError, ResidualModel
 
-BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 16384
+BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384
 """Padded tokens a batch: small batches of one length keep a CPU's caches happy (measured by
 `analyses/benchmarks/shapes.py`), a GPU has more to fill (not measured)."""
 
@@ -102,17 +102,19 @@ class Passes:
         if self._n and self._prefix is None:
             self._run_prefix()
         reduce = self._reducer(batch)
-        found: dict[int, Tensor] = {}
+        # One tensor made before the pass: small ones made between a pass's large ones leave holes in memory.
+        shape = len(self._layers), len(batch), self._model.cfg.d_model
+        found = torch.empty(shape, dtype=torch.float32, device=batch.tokens.device)
         fired: list[int] = []
 
-        def into(layer: int) -> tuple[str, Hook]:
+        def into(place: int, layer: int) -> tuple[str, Hook]:
             def hook_fn(resid: Tensor, hook: Any) -> None:
-                found[layer] = reduce(self._behind_prefix(resid, layer))
+                found[place] = reduce(self._behind_prefix(resid, layer))
                 fired.append(layer)
 
             return resid_hook(layer), hook_fn
 
-        hooks = [into(layer) for layer in self._layers]
+        hooks = [into(place, layer) for place, layer in enumerate(self._layers)]
         if self._prefix is not None:
             self._prefix.run_blocks(batch.tokens, hooks)
         else:
@@ -122,7 +124,7 @@ class Passes:
                 f"hooks fired {len(fired)} times for {len(self._layers)} residual streams: another hook "
                 "on this model interferes; reset its hooks"
             )
-        return torch.stack([found[layer] for layer in self._layers])
+        return found
 
     def _run_prefix(self) -> None:
         """Run the common beginning; its own residual streams are kept where some of it is read."""

@@ -135,7 +135,7 @@ def residual_streams(
         position: "content_mean", "content_last", "last", "max", an integer, or a callable on
             (token ids, content mask).
         layers: which layers, all by default; rows come in the order given.
-        batch_tokens: padded tokens a batch, 2,048 by default on a CPU and 16,384 on a GPU. A batch that
+        batch_tokens: padded tokens a batch, 1,024 by default on a CPU and 16,384 on a GPU. A batch that
             runs out of memory is halved and run again.
         share_prefix: run the tokens that all prompts begin with (a chat template's system message) once.
             Hooks of yours on the model, and `steering`, see every prompt whole whatever this says.
